@@ -1,0 +1,231 @@
+"""Save, load, resume: torch.distributed.checkpoint, one format for every layout.
+
+    runs/<name>/config.toml, tokenizer.json, log.jsonl
+    runs/<name>/checkpoints/step_00000500/    DCP's files and info.json (step, config, versions, a checksum of each file)
+    runs/<name>/checkpoints/latest, best      text files that name one of the folders
+
+A checkpoint is written under a temporary name and renamed when it is whole; `latest` moves last, and only then are older
+ones removed. So at every moment there is a whole checkpoint, whatever stops the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from nanopre import UserError, config as configs, distributed
+from nanopre.plugins import Registry
+from nanopre.tokenizer import Tokenizer
+
+OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)  # keys by parameter name: no layout shows in them
+
+
+def create_run(run_dir: Path, config: configs.Config, tokenizer: Tokenizer) -> None:
+    """Make the run's folder with what every checkpoint in it needs: the resolved config and the tokenizer."""
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "config.toml").write_text(configs.to_toml(config), encoding="utf-8")
+    tokenizer.save(run_dir / "tokenizer.json")
+
+
+def free_name(out_dir: Path, name: str) -> str:
+    """The first of name, name-2, name-3, ... that no run has taken."""
+    number, free = 1, name
+    while (out_dir / free).exists():
+        number += 1
+        free = f"{name}-{number}"
+    return free
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save
+
+
+def save(run_dir: Path, step: int, model: nn.Module, optimizers: Sequence, info: dict) -> Path:
+    """Write checkpoints/step_<step> and point `latest` at it. Called on every rank. Returns the folder."""
+    folder = Path(run_dir) / "checkpoints"
+    final, temporary = folder / f"step_{step:08d}", folder / f"step_{step:08d}.tmp"
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _barrier()
+    weights, states = get_state_dict(model, list(optimizers), options=OPTIONS)
+    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+    _barrier()
+    if first:
+        checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
+        text = json.dumps({"step": step, **info, "files": checksums}, indent=1)
+        (temporary / "info.json").write_text(text, encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)  # of an earlier run from the same checkpoint
+        temporary.rename(final)
+        point(run_dir, "latest", final)
+    _barrier()
+    return final
+
+
+def point(run_dir: Path, name: str, checkpoint: Path) -> None:
+    """Let `latest` or `best` name this checkpoint, in one atomic move."""
+    folder = Path(run_dir) / "checkpoints"
+    (folder / f"{name}.tmp").write_text(checkpoint.name + "\n", encoding="utf-8")
+    os.replace(folder / f"{name}.tmp", folder / name)
+
+
+def prune(run_dir: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints and those that `latest` and `best` name."""
+    keep = {pointed(run_dir, name) for name in ("latest", "best")}
+    for checkpoint in find(run_dir)[:-keep_last]:
+        if checkpoint not in keep:
+            shutil.rmtree(checkpoint)
+
+
+def _checksum(file: Path) -> dict[str, int]:
+    """Size in bytes and CRC-32, read in pieces of 16 MiB."""
+    crc = 0
+    with open(file, "rb") as stream:
+        while piece := stream.read(2**24):
+            crc = zlib.crc32(piece, crc)
+    return {"bytes": file.stat().st_size, "crc32": crc}
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Find and load
+
+
+def find(run_dir: Path) -> list[Path]:
+    """The run's whole checkpoints, oldest first."""
+    return sorted(info.parent for info in Path(run_dir).glob("checkpoints/step_????????/info.json"))
+
+
+def pointed(run_dir: Path, name: str) -> Path | None:
+    """The checkpoint that `latest` or `best` names, if there is one."""
+    pointer = Path(run_dir) / "checkpoints" / name
+    return pointer.parent / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+
+
+def locate(path: str | Path) -> tuple[Path, Path]:
+    """(run folder, checkpoint folder) of a run's folder, which means its latest checkpoint, or of one checkpoint.
+
+    Raises UserError where there is none.
+    """
+    path = Path(path)
+    if path.parent.name == "checkpoints" and path.name.startswith("step_"):
+        run_dir, checkpoint = path.parent.parent, path
+    else:
+        run_dir, checkpoint = path, pointed(path, "latest")
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run; {_runs_beside(run_dir)}")
+    if not (run_dir / "config.toml").is_file():
+        raise UserError(f"{run_dir}: not a run's folder (it has no config.toml); {_runs_beside(run_dir)}")
+    if checkpoint is None:
+        raise UserError(f"{run_dir}: this run has no checkpoint yet.")
+    return run_dir, checkpoint
+
+
+def _runs_beside(run_dir: Path) -> str:
+    beside = [str(file.parent) for file in sorted(run_dir.parent.glob("*/config.toml"))]
+    return f"there are {', '.join(beside[:8])}." if beside else f"there is no run in {run_dir.parent}/."
+
+
+def verify(checkpoint: Path) -> dict:
+    """The checkpoint's info, after every file proved to be there, whole and unchanged.
+
+    Raises UserError that names the damaged file and the newest other checkpoint of the run that is whole.
+    """
+    try:
+        problem, info = None, json.loads((checkpoint / "info.json").read_text(encoding="utf-8"))
+        for name, expected in info["files"].items():
+            if not (checkpoint / name).is_file():
+                problem = f"{checkpoint / name}: missing"
+            elif (found := _checksum(checkpoint / name)) != expected:
+                sizes = f"{found['bytes']:,} bytes, {expected['bytes']:,} were written"
+                problem = f"{checkpoint / name}: damaged ({sizes}, the checksum differs)"
+            if problem:
+                break
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"{checkpoint / 'info.json'}: missing or damaged ({error})"
+    if problem is None:
+        return info
+    for other in reversed(find(checkpoint.parent.parent)):
+        if other.name < checkpoint.name:
+            raise UserError(f"{problem}; the checkpoint before it can be used instead: {other}")
+    raise UserError(f"{problem}; the run has no earlier checkpoint.")
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads a checkpoint whose metadata, a pickle, may only hold what DCP itself writes: loading runs no foreign code."""
+
+    def read_metadata(self):
+        with open(Path(self.path) / ".metadata", "rb") as stream:
+            return _Unpickler(stream).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    SAFE = {("builtins", "set"), ("collections", "OrderedDict"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath")}
+
+    def find_class(self, module: str, name: str):
+        if (module, name) in self.SAFE or module.startswith("torch.distributed.checkpoint."):
+            return super().find_class(module, name)
+        found = super().find_class(module, name) if module.split(".")[0] == "torch" else None
+        if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)) or found is torch.Size:
+            return found
+        if module == "torch.serialization" or name in ("_get_layout", "_MEM_FORMAT_ENCODING"):
+            return found
+        raise UserError(f"a checkpoint's .metadata names {module}.{name}, which no checkpoint needs: do not trust it.")
+
+
+def load(checkpoint: Path, model: nn.Module, optimizers: Sequence = ()) -> dict:
+    """Fill the model, and the optimizers, from a checkpoint of any layout. Returns its info; raises UserError as verify.
+
+    Called on every rank; each reads what it needs.
+    """
+    info = verify(checkpoint)
+    weights, states = get_state_dict(model, list(optimizers), options=OPTIONS)
+    wanted = {"model": weights, "optimizer": states} if optimizers else {"model": weights}
+    try:
+        dcp.load(wanted, storage_reader=_Reader(checkpoint), no_dist=not dist.is_initialized())
+    except (RuntimeError, ValueError, dist.checkpoint.api.CheckpointException) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{checkpoint}: does not fit the configured model or optimizer ({lines[-1].strip()})") from None
+    set_state_dict(
+        model, list(optimizers), model_state_dict=weights, optim_state_dict=states if optimizers else {}, options=OPTIONS
+    )
+    return info
+
+
+@dataclass
+class OpenedRun:
+    """A trained model with what belongs to it."""
+
+    config: configs.Config
+    registry: Registry
+    tokenizer: Tokenizer
+    model: nn.Module  # on the CPU, in eval mode
+    checkpoint: Path
+    info: dict
+
+
+def open_run(path: str | Path) -> OpenedRun:
+    """The model of a run (its latest checkpoint) or of one checkpoint's folder. Raises UserError."""
+    run_dir, checkpoint = locate(path)
+    config, registry = configs.load(run_dir / "config.toml", [])
+    tokenizer = Tokenizer.load(run_dir / "tokenizer.json")
+    model = distributed.build_model(config, tokenizer)
+    info = load(checkpoint, model)
+    return OpenedRun(config, registry, tokenizer, model.eval(), checkpoint, info)

@@ -1,0 +1,169 @@
+"""Ranks, the process group, the device mesh, seeds, and parameters that start the same in every layout."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nanopre import UserError
+from nanopre.config import Config
+
+GROUP_TIMEOUT = timedelta(minutes=10)  # the only thing that notices a rank which was stopped, not killed
+PREPARE_TIMEOUT = timedelta(hours=24)  # how long the other ranks wait for one rank to tokenise a corpus
+
+
+@dataclass
+class World:
+    """This process among all of them. One process without torchrun is a world of size 1 without a process group."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    store: dist.Store | None = None
+
+    def sum(self, values: dict[str, float | torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Each number's sum over the ranks, as scalars on the device, in one collective for all of them."""
+        # float64 keeps counts exact up to 2**53; MPS has none.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.stack([torch.as_tensor(v, dtype=dtype, device=self.device) for v in values.values()])
+        if self.size > 1:
+            dist.all_reduce(total)
+        return dict(zip(values, total, strict=True))
+
+    def first(self, key: str, make):
+        """`make()` on the first rank of each machine, then on the others, which find its files in place; all return
+        their own result. An error of the first is the others' too."""
+        if self.size == 1:
+            return make()
+        key = f"{key}/{os.environ.get('GROUP_RANK', '0')}"
+        if self.local_rank == 0:
+            try:
+                result = make()
+            except BaseException as error:
+                self.store.set(key, str(error) or type(error).__name__)
+                raise
+            self.store.set(key, "")
+            return result
+        self.store.wait([key], PREPARE_TIMEOUT)
+        if message := self.store.get(key).decode():
+            raise UserError(message)
+        return make()
+
+    def agree(self, key: str, value: str) -> str:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        if self.rank == 0:
+            self.store.set(key, value)
+        return self.store.get(key).decode()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def claims(self, message: str) -> bool:
+        """True on the first rank that asks, which is the one to print the message: with many ranks it is said once."""
+        return self.store.add("said/" + hashlib.sha256(message.encode()).hexdigest(), 1) == 1
+
+
+@contextmanager
+def start(device: torch.device):
+    """The World, with a process group where torchrun started several processes; the group ends with the block."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield World(rank=0, local_rank=0, size=1, device=device)
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    # After torchrun restarts its workers the shared store still holds the last attempt's addresses: a prefix a try.
+    store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT)
+    world = World(rank, int(os.environ["LOCAL_RANK"]), size, device, store)
+    try:
+        yield world
+        dist.barrier()  # rank 0 may hold the store: it stays until the others are done with it
+    except UserError as error:
+        if world.claims(str(error)):
+            print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        dist.destroy_process_group()
+
+
+def make_mesh(world: World) -> DeviceMesh | None:
+    """The mesh of all ranks, with one dimension for each way to be parallel: data only, so far. None for one process."""
+    if world.size == 1:
+        return None
+    return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("data",))
+
+
+def accumulate(model: nn.Module, last: bool):
+    """A context for one micro-batch: gradients meet those of the other ranks in the step's last one alone."""
+    return model.no_sync() if not last and hasattr(model, "no_sync") else nullcontext()
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM ask for an end after the running step; a second one ends the process at once."""
+
+    def __enter__(self) -> StopSignal:
+        self.asked = False
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame) -> None:
+        self.asked = True
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def __exit__(self, *error) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeds and first weights
+
+
+def derive_seed(*keys: int | str) -> int:
+    """A 63-bit seed from any keys, the same on every machine."""
+    digest = hashlib.sha256("\0".join(map(str, keys)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Set torch's generators, from which dropout draws: by step, so that a resumed run drops what the whole run did."""
+    torch.manual_seed(derive_seed(seed, "step", step, rank))
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fill each parameter from a generator of its own, keyed by (seed, name): no layout changes the first weights.
+
+    The model's `init_std(name)` gives the standard deviation of a normal distribution; None is a norm or a bias, which
+    keeps the constant that its layer started it with.
+    """
+    for name, parameter in model.named_parameters():
+        std = model.init_std(name)
+        if std is None:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            generator = torch.Generator().manual_seed(derive_seed(seed, name))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def build_model(config: Config, tokenizer) -> nn.Module:
+    """The configured model with its first weights, on the CPU. The vocabulary is padded to a multiple of 64, which
+    matrix units like; no target ever names the rows that this adds."""
+    model = config.model.build(vocab_size=-(-tokenizer.n_vocab // 64) * 64, seq_len=config.train.seq_len)
+    initialise(model, config.seed)
+    return model

@@ -1,0 +1,97 @@
+"""Continue a sequence token by token, with a cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nanopre.model import ModelConfig, Transformer
+
+
+class LayerCache:
+    """One layer's keys and values of all positions so far, in buffers (1, H_kv, capacity, D) that are made once."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
+        shape = (1, config.n_kv_heads, config.seq_len, config.head_dim)
+        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.length = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (1, H_kv, T, D) and return all, (1, H_kv, length, D)."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+class KeyValueCache:
+    """The layers' caches by the names of the blocks."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
+        self.layers = {str(i): LayerCache(config, dtype, device) for i in range(config.n_layers)}
+
+    def __getitem__(self, name: str) -> LayerCache:
+        return self.layers[name]
+
+    @property
+    def length(self) -> int:
+        """Positions held, which is the position of the next token. The first block has extended its own cache already
+        when the second runs; `embed` asks before all of them, and a block asks its own layer."""
+        return self.layers["0"].length
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompt: list[int],
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    n_vocab: int | None = None,
+    stop: int | None = None,
+    use_cache: bool = True,
+) -> Iterator[int]:
+    """Yield up to `max_tokens` tokens after `prompt` (at least one token), as they are made.
+
+    temperature 0 is greedy; top_k keeps the k likeliest tokens (0: all), then top_p the fewest that hold this much
+    probability. Ids from `n_vocab` on, the padding of the vocabulary, are never chosen; `stop` ends the sequence and is
+    not yielded. When the model's `seq_len` is full, the older half of the context is dropped. Without the cache every
+    step recomputes the same context, which gives the same tokens.
+    """
+    model.eval()
+    parameter = next(model.parameters())
+    device, seq_len = parameter.device, model.config.seq_len
+    context = list(prompt[-seq_len:])
+    cache, unseen = None, context  # what the cache, if any, does not hold yet
+    for _ in range(max_tokens):
+        if len(context) == seq_len + 1:
+            context = context[-(seq_len // 2 + 1) :]
+            cache, unseen = None, context
+        if use_cache and cache is None:
+            cache = KeyValueCache(model.config, parameter.dtype, device)
+        tokens = torch.tensor([unseen if use_cache else context], device=device)
+        logits = model(tokens, cache=cache)[0, -1, :n_vocab].float()
+        token = choose(logits, temperature, top_k, top_p, generator)
+        if token == stop:
+            return
+        yield token
+        context.append(token)
+        unseen = [token]
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
+    """Draw a token from logits (V,): the k likeliest, then the nucleus of top_p (Holtzman et al., 2020, section 3.1)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    order = logits.sort(descending=True)
+    p = (order.values / temperature).softmax(dim=-1)
+    if top_k:
+        p[top_k:] = 0
+    # The likeliest tokens until top_p is reached: those before which less than top_p of what top_k left is held.
+    p = p / p.sum()
+    p[p.cumsum(dim=-1) - p >= top_p] = 0
+    return int(order.indices[torch.multinomial(p, 1, generator=generator)])

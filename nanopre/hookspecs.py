@@ -1,0 +1,162 @@
+"""Every extension point of nanopre: the contract between the core and its plugins (docs/plugins.md explains it).
+
+A plugin offers classes by name through the registration hooks, and observes a run through the lifecycle hooks. Hooks are
+called by keyword, so that an implementation may take fewer arguments than the specification has. No hook is
+`firstresult`: what is exclusive is chosen by its name, never by who answers first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from nanopre.config import Config
+
+hookspec = pluggy.HookspecMarker("nanopre")
+
+KINDS = {
+    "objective": "nanopre_objectives",
+    "model": "nanopre_models",
+    "optimizer": "nanopre_optimizers",
+    "dataset": "nanopre_datasets",
+    "parallel": "nanopre_parallel",
+    "logger": "nanopre_loggers",
+    "analyzer": "nanopre_analyzers",
+}
+"""The kinds of plugin that are chosen by name, with the hook that offers each."""
+
+METHODS = {
+    "objective": ("rows_per_epoch", "batch", "counts", "loss", "report"),
+    "model": ("build",),
+    "optimizer": ("build",),
+    "dataset": ("documents", "fingerprint"),
+    "parallel": ("apply",),
+    "logger": (),  # lifecycle hooks, at least one
+    "analyzer": ("fit",),
+}
+"""What a class of each kind must be able to do."""
+
+Register = Callable[[str, type], None]
+
+
+@dataclass
+class Run:
+    """What a lifecycle hook gets to see of the run."""
+
+    config: Config
+    dir: Path  # runs/<name>
+    rank: int  # of this process
+    world_size: int
+    device: str
+    n_parameters: int
+    start_step: int  # steps that were done before, if the run resumes
+    steps: int  # when the run ends
+    tokenizer: Any
+    model: Any  # the torch module, without what a parallel strategy wraps around it
+    objective: Any
+
+
+# Registration: called once, when the plugins are loaded, on every rank. `register(name, cls)` offers a dataclass whose
+# fields, all with defaults, are the keys of its TOML section.
+
+
+@hookspec
+def nanopre_objectives(register: Register) -> None:
+    """Offer objectives: what is made of a corpus's rows, and the loss on it ([objective] name = ...).
+
+    rows_per_epoch(split, seq_len) -> int: how many rows make one pass over a nanopre.data.Split.
+    batch(split, rows, seq_len, seed) -> {name: array}: one row of each array for each row number. Depends on its
+        arguments alone. seed None means evaluation: the same rows each time, and rows from rows_per_epoch on have no
+        targets. "tokens" (rows, seq_len) is the model's input.
+    counts(batch, tokenizer) -> {name: number}: what each sum of losses is divided by, for these rows.
+    loss(head, h, batch) -> {name: tensor}: sums over the rows, for the last hidden states h (rows, seq_len, d_model);
+        `head.cross_entropy(h, targets)` is the usual one. Each needs a count of the same name.
+    report(sums, counts) -> {metric: number}: with "loss" among them.
+    """
+
+
+@hookspec
+def nanopre_models(register: Register) -> None:
+    """Offer model families ([model] name = ...).
+
+    build(vocab_size, seq_len) -> torch.nn.Module with `embed`, `blocks`, `head`, `config` and `init_std`, as
+        nanopre.model.Transformer has them.
+    """
+
+
+@hookspec
+def nanopre_optimizers(register: Register) -> None:
+    """Offer optimizers ([optimizer] name = ...).
+
+    build(model) -> list of torch.optim.Optimizer that share out the model's parameters. The schedule multiplies the
+        learning rates that they start with.
+    """
+
+
+@hookspec
+def nanopre_datasets(register: Register) -> None:
+    """Offer datasets ([data] corpus = ...).
+
+    documents() -> iterable of texts, or of (text, "train" or "val") where the dataset brings its own split.
+    fingerprint() -> str that changes whenever the documents would.
+    """
+
+
+@hookspec
+def nanopre_parallel(register: Register) -> None:
+    """Offer parallel strategies (keys of [parallel]), which are applied when there are several processes.
+
+    apply(model, mesh) -> torch.nn.Module: wraps or changes the model for a torch.distributed DeviceMesh with the
+        dimension "data".
+    """
+
+
+@hookspec
+def nanopre_loggers(register: Register) -> None:
+    """Offer loggers (keys of [loggers]): classes with one or more of the lifecycle hooks below as @hookimpl methods."""
+
+
+@hookspec
+def nanopre_analyzers(register: Register) -> None:
+    """Offer analyzers of scaling runs.
+
+    fit(runs) -> a law that predicts the loss and allocates a budget.
+    """
+
+
+# Lifecycle: called on every rank (run.rank tells which), at most once a step and never inside a compiled forward pass.
+
+
+@hookspec
+def nanopre_run_start(run: Run) -> None:
+    """Before the first step."""
+
+
+@hookspec
+def nanopre_step_end(run: Run, step: int, metrics: dict[str, float]) -> None:
+    """After each step; `step` counts from 1.
+
+    metrics: what the objective reports of the step ("loss", ...), and "lr", "grad_norm" (before clipping), "tokens" (so
+    far), "tokens_per_second", "seconds" (of training, so far), "skipped" (steps, so far), "epoch", and "mfu" where the
+    device's peak is known. Of a skipped step the loss or grad_norm is not finite.
+    """
+
+
+@hookspec
+def nanopre_evaluation_end(run: Run, step: int, metrics: dict[str, float]) -> None:
+    """After an evaluation. metrics: what the objective reports of the validation split ("loss", ...)."""
+
+
+@hookspec
+def nanopre_checkpoint_saved(run: Run, step: int, path: Path) -> None:
+    """After a checkpoint is whole and in place; `path` is its folder."""
+
+
+@hookspec
+def nanopre_run_end(run: Run, status: str) -> None:
+    """After the last step, also when the run fails. status: "finished", "interrupted" or "failed"."""

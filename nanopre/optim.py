@@ -1,0 +1,67 @@
+"""Which parameter is what to an optimizer, and how the learning rate runs. The optimizers are plugins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nanopre.config import Schedule
+
+
+def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """(matrices of the blocks, embeddings and output projection, vectors) among the parameters that are trained.
+
+    Vectors, which are norms and biases, are not decayed; Muon is for the blocks' matrices alone (Jordan et al., 2024).
+    """
+    matrices, ends, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = vectors if parameter.dim() < 2 else matrices if "blocks." in name else ends
+            kind.append(parameter)
+    return matrices, ends, vectors
+
+
+def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
+    """What the peak learning rate is multiplied by in step 0 .. steps-1: a linear warm-up, then the schedule's shape,
+    which ends at `min_lr_ratio`. "wsd" (warmup-stable-decay; Hu et al., 2024, section 4) stays at the peak until the
+    last `decay_fraction` of the run and then falls linearly.
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / (schedule.warmup_steps + 1)
+    after = step - schedule.warmup_steps  # steps since the warm-up
+    left = max(1, steps - schedule.warmup_steps)  # of so many
+    match schedule.name:
+        case "constant":
+            return 1.0
+        case "linear":
+            height = 1 - after / left
+        case "cosine":
+            height = 0.5 * (1 + math.cos(math.pi * min(1.0, after / left)))
+        case "wsd":
+            height = min(1.0, (steps - step) / max(1.0, schedule.decay_fraction * steps))
+    return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * max(0.0, height)
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """The norm of all gradients together, as a scalar on their device; scales them to `max_norm` where it is greater
+    (0: never). A gradient that is not finite makes the norm not finite and is left as it is."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def peak_rates(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[float]]:
+    """The learning rates that the config asked for, one a parameter group, to be read before a checkpoint is loaded."""
+    return [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+
+def set_rates(optimizers: Sequence[torch.optim.Optimizer], peaks: list[list[float]], factor: float) -> None:
+    """Give each parameter group its peak learning rate times `factor`."""
+    for optimizer, rates in zip(optimizers, peaks, strict=True):
+        for group, peak in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = peak * factor

@@ -1,0 +1,407 @@
+"""The Transformer against transformers' models, against closed forms, and against black-box probes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanopre import cost, hf
+from nanopre.distributed import initialise
+from nanopre.model import IGNORE, LinearCrossEntropy, ModelConfig, Transformer, attend
+from nanopre.plugins import load_plugins
+
+transformers = pytest.importorskip("transformers")
+
+REGISTRY = load_plugins()
+
+GPT2 = dict(positions="learned", norm="layernorm", norm_eps=1e-5, activation="gelu_tanh", bias=True, tie_embeddings=True)
+LLAMA = dict(positions="rope", norm="rmsnorm", norm_eps=1e-5, activation="swiglu", bias=False, tie_embeddings=False)
+
+
+def tiny(family: dict, **changes) -> ModelConfig:
+    shape = dict(vocab_size=53, seq_len=256, d_model=24, n_layers=2, n_heads=4, n_kv_heads=4, d_ff=37)
+    return ModelConfig(**{**shape, **family, **changes})
+
+
+@torch.no_grad()
+def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter anew, far from where models start: at their first weights a wrong GELU, epsilon or bias hides."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = 0.08 * torch.randn(parameter.shape, generator=generator)
+        is_norm = name.endswith("weight") and ("norm" in name or "ln_" in name)
+        parameter.copy_(1 + noise if is_norm else noise)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same function as transformers' models
+
+
+def gpt2(tied: bool = True, **shape):
+    shape = dict(n_positions=300, vocab_size=53, n_embd=24, n_layer=2, n_head=4) | shape
+    config = transformers.GPT2Config(**shape, tie_word_embeddings=tied, attn_implementation="eager")
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama(kind: str = "Llama", tied: bool = False, theta: float = 10_000.0, **shape):
+    shape = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4) | shape
+    shape = dict(vocab_size=53, intermediate_size=37, max_position_embeddings=300, rms_norm_eps=1e-5) | shape
+    config = getattr(transformers, kind + "Config")(
+        **shape,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        head_dim=shape["hidden_size"] // shape["num_attention_heads"],
+        tie_word_embeddings=tied,
+        attn_implementation="eager",
+    )
+    return getattr(transformers, kind + "ForCausalLM")(config)
+
+
+def qwen3(**shape):
+    return llama("Qwen3", **shape)
+
+
+def counterpart(theirs) -> tuple[hf.Family, Transformer]:
+    """Our model with the settings and weights of one of transformers, by way of hf.py's tables."""
+    hf_config = theirs.config.to_dict()
+    family = hf.family_of(hf_config, "config.json")
+    options, seq_len = hf.read_options(family, hf_config, "config.json")
+    ours = REGISTRY.get("model", family.model, "test")(**options).build(vocab_size=0, seq_len=seq_len)
+    ours.load_state_dict(hf.from_hf(family, theirs.state_dict(), ours.config.tie_embeddings))
+    return family, ours
+
+
+ORACLES = {
+    "gpt2": (gpt2, {}, (3, 17)),
+    "gpt2, one token": (gpt2, {}, (5, 1)),
+    "gpt2, odd widths": (gpt2, dict(vocab_size=131, n_embd=21, n_head=3, n_inner=41, n_layer=3), (1, 7)),
+    "gpt2, three blocks of queries": (gpt2, dict(layer_norm_epsilon=1e-2), (1, 299)),
+    "gpt2, untied": (gpt2, dict(tied=False), (2, 130)),
+    "llama": (llama, {}, (3, 17)),
+    "llama, one token": (llama, {}, (5, 1)),
+    "llama, grouped queries": (llama, dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=2), (3, 131)),
+    "llama, one key head": (llama, dict(num_key_value_heads=1, vocab_size=97, rms_norm_eps=1e-2), (1, 257)),
+    "llama, tied": (llama, dict(tied=True, theta=500.0), (2, 33)),
+    "qk_norm": (qwen3, dict(num_key_value_heads=2), (3, 150)),
+}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_logits_and_gradients_equal_those_of_transformers(name):
+    make, shape, (B, T) = ORACLES[name]
+    theirs = redraw(make(**shape)).eval()
+    family, ours = counterpart(theirs)
+    tokens = torch.randint(theirs.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(1))
+    targets = tokens.roll(-1, 1)
+
+    expected = theirs(tokens).logits
+    logits = ours(tokens)  # with gradients: attention in blocks
+    assert logits.requires_grad and (logits - expected).abs().max() < 1e-4
+    with torch.no_grad():  # scaled_dot_product_attention
+        assert (ours(tokens) - expected).abs().max() < 1e-4
+
+    F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
+    (ours(tokens, loss=lambda head, h, _: head.cross_entropy(h, targets)) / targets.numel()).backward()
+    gradients = hf.from_hf(family, {n: p.grad for n, p in theirs.named_parameters()}, ours.config.tie_embeddings)
+    for parameter_name, parameter in ours.named_parameters():
+        difference = (parameter.grad - gradients[parameter_name]).abs().max()
+        assert difference < 1e-5 * max(1, parameter.grad.abs().max()), parameter_name
+
+
+def test_gelu_without_tanh_is_the_exact_one_of_transformers():
+    theirs = redraw(gpt2(activation_function="gelu")).eval()
+    theirs.config.activation_function = "gelu_new"  # our gpt2 family has no other; the built module keeps its own
+    right = counterpart(theirs)[1]
+    ours = Transformer(replace(right.config, activation="gelu"))
+    ours.load_state_dict(right.state_dict())
+    tokens = torch.arange(40).unsqueeze(0)
+    with torch.no_grad():
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("detail", ["norm_eps", "activation", "rope_theta", "n_kv_heads"])
+def test_the_comparison_sees_every_detail(detail):
+    """What the parity test would let through unseen: one wrong detail must show far above its tolerance."""
+    make, wrong = {
+        "norm_eps": (gpt2, dict(norm_eps=1e-6)),
+        "activation": (gpt2, dict(activation="gelu")),
+        "rope_theta": (llama, dict(rope_theta=9_000.0)),
+        "n_kv_heads": (llama, {}),
+    }[detail]
+    theirs = redraw(make()).eval()
+    right = counterpart(theirs)[1]
+    ours = Transformer(replace(right.config, **wrong))
+    ours.load_state_dict(right.state_dict())
+    tokens = torch.arange(40).unsqueeze(0)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        if detail == "n_kv_heads":  # a query head that meets its neighbour's keys
+            patch.setattr("nanopre.model.attend", lambda q, k, v, dropout: attend(q, k.roll(1, 1), v, dropout))
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("family", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_a_token_moves_its_own_and_later_logits_of_its_row_alone(family, with_gradients):
+    model = redraw(Transformer(tiny(family, n_kv_heads=2 if family is LLAMA else 4))).eval()
+    T = 203
+    tokens = torch.randint(53, (2, T), generator=torch.Generator().manual_seed(2))
+    with torch.set_grad_enabled(with_gradients):
+        before = model(tokens).detach()
+        for j in (0, 1, 126, 127, 128, 129, T - 1):  # around the edge of the blocks of 128 queries
+            changed = tokens.clone()
+            changed[1, j] = (changed[1, j] + 1) % 53
+            moved = (model(changed).detach() - before).abs().amax(dim=-1)  # (2, T)
+            assert moved[0].max() < 1e-6
+            assert (moved[1, :j] < 1e-6).all()
+            assert (moved[1, j:] > 1e-6).all()
+
+
+@given(
+    T=st.integers(1, 270), cached=st.integers(0, 140), group=st.sampled_from([(4, 4), (6, 2), (3, 1)]), seed=st.integers(0)
+)
+@settings(max_examples=20, deadline=None)
+def test_attention_in_blocks_equals_softmax_of_masked_scores(T, cached, group, seed):
+    """Both paths, with and without earlier positions in a cache, against the textbook's formula in float64."""
+    (H, H_kv), S, D = group, cached + T, 6
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    q, k, v = (torch.randn(2, h, n, D, generator=generator) for h, n in ((H, T), (H_kv, S), (H_kv, S)))
+    keys, values = (x.double().repeat_interleave(H // H_kv, dim=1) for x in (k, v))
+    scores = q.double() @ keys.transpose(-2, -1) / math.sqrt(D)
+    visible = torch.arange(S) <= torch.arange(T).unsqueeze(1) + cached
+    expected = scores.where(visible, -math.inf).softmax(-1) @ values
+    assert (attend(q, k, v) - expected).abs().max() < 1e-5
+    assert (attend(q.requires_grad_(), k, v) - expected).abs().max() < 1e-5
+
+
+def test_blocks_leave_out_scores_that_causality_hides():
+    """4 blocks of 128 queries see 128, 256, 384 and 512 keys: 10/16 of all scores, in each of two products."""
+    q, k, v = (torch.randn(1, 1, 512, 8, requires_grad=True) for _ in range(3))
+    with FlopCounterMode(display=False) as counter:
+        attend(q, k, v)
+    assert counter.get_total_flops() == 2 * (2 * 512 * 512 * 8) * 10 / 16
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_dropout_falls_on_attention_in_training_alone(with_gradients):
+    model = redraw(Transformer(tiny(GPT2, dropout=0.5)))
+    tokens = torch.arange(30).unsqueeze(0)
+    with torch.set_grad_enabled(with_gradients):
+        model.eval()
+        assert torch.equal(model(tokens), model(tokens))
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # only the attention's own is left
+        assert not torch.equal(model(tokens), model(tokens))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+@pytest.fixture(scope="module")
+def chunk():
+    """Sets how many logits are held at once; hypothesis' examples share the fixture and set it anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield lambda logits: patch.setattr(LinearCrossEntropy, "LOGITS_PER_CHUNK", logits)
+
+
+def head(V: int, C: int, seed: int = 0):
+    return redraw(Transformer(tiny(LLAMA, vocab_size=V, d_model=C, n_heads=1, n_kv_heads=1, n_layers=1)), seed).head
+
+
+@given(
+    N=st.integers(0, 40),
+    V=st.integers(1, 30),
+    C=st.sampled_from([2, 8]),
+    logits=st.integers(1, 1300),
+    ignored=st.sampled_from([0.0, 0.4, 1.0]),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_chunked_cross_entropy_equals_the_plain_one(chunk, N, V, C, logits, ignored, seed):
+    chunk(logits)
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(N, C, generator=generator, requires_grad=True)
+    weight = torch.randn(V, C, generator=generator, requires_grad=True)
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[torch.rand(N, generator=generator) < ignored] = IGNORE
+
+    total = LinearCrossEntropy.apply(h, weight, targets)
+    gradients = torch.autograd.grad(3 * total, (h, weight))  # 3: a gradient that comes from above is passed on
+    expected = F.cross_entropy(h @ weight.T, targets, ignore_index=IGNORE, reduction="sum")
+    wanted = torch.autograd.grad(3 * expected, (h, weight))
+
+    assert total.dtype == torch.float32 and total.shape == ()
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+    for gradient, right in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-4)
+    if ignored == 1.0:
+        assert total == 0 and not gradients[0].any() and not gradients[1].any()
+
+
+def test_extreme_logits_give_finite_losses_and_gradients():
+    h = torch.tensor([[1e4, 0.0], [0.0, 1e4]], requires_grad=True)
+    total = LinearCrossEntropy.apply(h, torch.eye(2, requires_grad=True), torch.tensor([1, 1]))
+    total.backward()
+    assert total == 1e4
+    assert torch.equal(h.grad, torch.tensor([[1.0, -1.0], [0.0, 0.0]]))
+
+
+def test_a_tied_weight_gets_the_gradients_of_both_its_uses():
+    """Sum of what two untied weights of the same values get."""
+    tied = redraw(Transformer(tiny(GPT2)))
+    untied = Transformer(tiny(GPT2, tie_embeddings=False))
+    untied.load_state_dict(tied.state_dict())
+    tokens, targets = torch.arange(20).view(2, 10), torch.arange(20).view(2, 10) + 1
+    for model in (tied, untied):
+        model(tokens, loss=lambda head, h, _: head.cross_entropy(h, targets)).backward()
+    both = untied.embed.tokens.weight.grad + untied.head.proj.weight.grad
+    assert untied.embed.tokens.weight.grad.abs().max() > 0.01
+    torch.testing.assert_close(tied.embed.tokens.weight.grad, both, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_autocast_is_near_float32_and_gives_float32(chunk):
+    chunk(700)
+    weight = 0.3 * torch.randn(90, 16, generator=torch.Generator().manual_seed(0))
+    h = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    targets = torch.arange(64)
+    results = []
+    for on in (False, True):
+        leaves = [h.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            total = LinearCrossEntropy.apply(*leaves, targets)
+        total.backward()
+        results.append((total.detach(), *(leaf.grad for leaf in leaves)))
+    for exact, rounded in zip(*results, strict=True):
+        assert rounded.dtype == torch.float32
+        assert not torch.equal(exact, rounded)  # the products did run in bfloat16
+        assert (exact - rounded).norm() < 0.01 * exact.norm()  # whose unit roundoff is 2**-8 = 0.004
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_the_logits_of_a_batch_are_never_held_whole(chunk):
+    V, N, C = 1000, 512, 8
+    chunk(32 * V)
+    part = head(V, C)
+    h, targets = torch.randn(4, N // 4, C, requires_grad=True), torch.zeros(4, N // 4, dtype=torch.long)
+    with LargestTensor() as largest:
+        part.cross_entropy(h, targets).backward()
+    assert largest.numel == 32 * V  # one chunk, not N * V
+    with LargestTensor() as plain:
+        F.cross_entropy(part.proj(h).flatten(0, 1), targets.flatten()).backward()
+    assert plain.numel == N * V  # the probe sees what it is to see
+
+
+def test_evaluation_computes_no_gradient():
+    V, N, C = 100, 64, 8
+    part = head(V, C)
+    targets = torch.zeros(N, dtype=torch.long)
+
+    def flops(h):
+        with FlopCounterMode(display=False) as counter:
+            part.cross_entropy(h, targets)
+        return counter.get_total_flops()
+
+    assert flops(torch.randn(N, C, requires_grad=True)) == 3 * 2 * N * V * C
+    with torch.no_grad():
+        assert flops(torch.randn(N, C)) == 2 * N * V * C
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# First weights, and how many
+
+
+def test_first_weights_have_the_stated_spread():
+    config = tiny(GPT2, d_model=96, n_layers=3, n_heads=4, d_ff=200, vocab_size=500)
+    model = Transformer(config)
+    initialise(model, seed=5)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * 3) if name.endswith(("attn.out.weight", "mlp.down.weight")) else 0.02
+            n = parameter.numel()
+            assert abs(parameter.std().item() / std - 1) < 4.4 / math.sqrt(2 * n), name
+            assert abs(parameter.mean().item()) < 4.4 * std / math.sqrt(n), name
+
+
+def test_first_weights_depend_on_the_seed_and_the_name_alone():
+    whole, stage = Transformer(tiny(LLAMA, qk_norm=True)), Transformer(tiny(LLAMA, qk_norm=True))
+    del stage.embed, stage.blocks["0"]  # as on the last of two pipeline stages
+    initialise(whole, seed=5)
+    initialise(stage, seed=5)
+    weights = dict(whole.named_parameters())
+    for name, parameter in stage.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+    assert not torch.equal(weights["blocks.0.mlp.up.weight"], weights["blocks.1.mlp.up.weight"])
+    again = Transformer(tiny(LLAMA, qk_norm=True))
+    initialise(again, seed=6)
+    assert not torch.equal(again.embed.tokens.weight, whole.embed.tokens.weight)
+
+
+# The counts that the models' authors, or their published checkpoints, state.
+PUBLISHED = {
+    "GPT-2 small": (124_439_808, GPT2, (50_257, 1024, 768, 12, 12, 12, 3072)),
+    "GPT-2 XL": (1_557_611_200, GPT2, (50_257, 1024, 1600, 48, 25, 25, 6400)),
+    "LLaMA 7B": (6_738_415_616, LLAMA, (32_000, 2048, 4096, 32, 32, 32, 11_008)),
+    "Llama 3 8B": (8_030_261_248, LLAMA, (128_256, 8192, 4096, 32, 32, 8, 14_336)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_number_of_parameters(name):
+    number, family, (V, T, C, n_layers, H, H_kv, d_ff) = PUBLISHED[name]
+    config = ModelConfig(V, T, C, n_layers, H, H_kv, d_ff, **family)
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert sum(p.numel() for p in model.parameters()) == number
+    assert cost.parameters(config)["total"] == number
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("family", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_parameters_are_counted_in_closed_form(family, bias, tied, qk_norm):
+    n_kv_heads = 2 if family is LLAMA else 4
+    config = tiny({**family, "bias": bias, "tie_embeddings": tied, "qk_norm": qk_norm}, n_kv_heads=n_kv_heads)
+    assert cost.parameters(config)["total"] == sum(p.numel() for p in Transformer(config).parameters())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(n_heads=5), "n_heads = 5 does not divide d_model = 24"),
+        (dict(n_kv_heads=3), "n_kv_heads = 3 does not divide n_heads = 4"),
+        (dict(d_model=12), "d_model / n_heads = 3 must be even for rotary positions"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(LLAMA, **changes)

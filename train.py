@@ -1,0 +1,300 @@
+"""Pre-train a language model.
+
+    python train.py                                    configs/default.toml, on this machine's GPU or CPU
+    python train.py CONFIG.toml --train.steps=100      any key of the TOML can be set as --section.key=value
+    torchrun --nproc-per-node=2 train.py CONFIG.toml   the same on several processes
+    python train.py --resume runs/NAME                 go on where a run stopped
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanopre import UserError, checkpoint, config as configs, cost, data, distributed, machine, optim
+from nanopre.generate import generate
+from nanopre.hookspecs import Run
+from nanopre.plugins import nearest
+
+HERE = Path(__file__).parent
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description="Pre-train a language model.",
+        epilog="Any key of the config can be set as --section.key=value, in TOML's syntax or as a bare string.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", nargs="?", help="a TOML file (default: configs/default.toml)")
+    parser.add_argument("--resume", metavar="RUN", help="a run's folder, or one checkpoint's, to go on from")
+    parser.add_argument("--list-plugins", action="store_true", help="list every plugin with its options, and stop")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config, and stop")
+    arguments, overrides = parser.parse_known_args(argv)
+    for text in overrides:
+        if "=" not in text:
+            options = [option for action in parser._actions for option in action.option_strings]
+            raise UserError(f"{text}: not an option (a key is set as --section.key=value); {nearest(text, options)}")
+
+    run_dir = resume_from = None
+    config_file = arguments.config or HERE / "configs" / "default.toml"
+    if arguments.resume:
+        if arguments.config:
+            raise UserError("--resume takes the config that was saved with the run; leave out the config file.")
+        run_dir, resume_from = checkpoint.locate(arguments.resume)
+        config_file = run_dir / "config.toml"
+    config, plugins = configs.load(config_file, overrides)
+    if arguments.list_plugins:
+        print(plugins.describe())
+    elif arguments.print_config:
+        print(configs.to_toml(config), end="")
+    else:
+        train(config, plugins, run_dir, resume_from)
+
+
+def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_from: Path | None = None) -> None:
+    """Run the config from its first step, or from the checkpoint `resume_from` of the run in `run_dir`."""
+    c, objective = config.train, config.objective
+    here = machine.choose(c)
+    with distributed.start(here.device) as world:
+        is_first = world.rank == 0
+        configs.check_layout(config, world.size)
+
+        # The corpus, tokenised at first use by one process, and a model that starts the same in every layout.
+        corpus = world.first("corpus", lambda: data.prepare(config, plugins, progress=is_first))
+        tokenizer = corpus.tokenizer
+        model = distributed.build_model(config, tokenizer).to(here.device)
+        optimizers = config.optimizer.build(model)
+        peak_rates = optim.peak_rates(optimizers)
+
+        # The run's folder, and where the run stands.
+        start_step, best_val_loss = 0, math.inf
+        progress = {"tokens": 0, "seconds": 0.0, "skipped": 0}
+        if resume_from:
+            info = checkpoint.load(resume_from, model, optimizers)
+            start_step, best_val_loss, progress = info["step"], info["best_val_loss"] or math.inf, info["progress"]
+            if info["corpus"] != corpus.fingerprint:
+                raise UserError(f"{run_dir}: the corpus or tokenizer changed since the run began, so it can't go on.")
+            if start_step >= c.steps:
+                raise UserError(f"{run_dir}: all {c.steps} steps are done; go on with --train.steps={2 * c.steps}.")
+        else:
+            name = world.agree("name", checkpoint.free_name(Path(config.out_dir), config.name) if is_first else "")
+            run_dir = Path(config.out_dir) / name
+            if is_first:
+                checkpoint.create_run(run_dir, config, tokenizer)
+        world.barrier()
+
+        # Compile block by block, then let the parallel strategies wrap the model; `model` stays the plain module.
+        if here.compile:
+            for block in model.blocks.values():
+                block.compile()
+        wrapped = model
+        if world.size > 1:
+            mesh = distributed.make_mesh(world)
+            strategies = config.parallel or {"ddp": plugins.get("parallel", "ddp", "parallel")()}
+            for strategy in strategies.values():
+                wrapped = strategy.apply(wrapped, mesh)
+
+        share = c.batch_size // world.size  # rows of the global batch on this rank,
+        micro = c.micro_batch_size or share  # of which so many go through the model at once
+        tokens_per_step = c.batch_size * c.seq_len
+        n_parameters = sum(p.numel() for p in model.parameters())
+        flops_per_token = cost.flops_per_token(model.config, c.seq_len)
+        peak_flops = cost.peak_flops(here.device, here.precision)
+
+        def load_rows(split, rows: np.ndarray, seed: int | None):
+            """(batch, counts): tensors on the device, and the numbers that the sums of losses are divided by."""
+            arrays = objective.batch(split, rows, c.seq_len, seed)
+            batch = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
+            if here.device.type == "cuda":
+                batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
+            batch = {key: tensor.to(here.device, non_blocking=True) for key, tensor in batch.items()}
+            return batch, objective.counts(arrays, tokenizer)
+
+        def load_step(step: int):
+            """This rank's rows of the step's global batch, which depends on the seed and the step alone."""
+            first = step * c.batch_size + world.rank * share
+            return load_rows(corpus.train, np.arange(first, first + share), config.seed)
+
+        @torch.no_grad()
+        def evaluate() -> dict[str, float]:
+            """The objective's metrics over the validation split, or its first `eval_tokens`: always the same part."""
+            model.eval()
+            end = objective.rows_per_epoch(corpus.val, c.seq_len)
+            n_rows = min(end, -(-c.eval_tokens // c.seq_len)) if c.eval_tokens else end
+            sums, counts = {}, {}
+            # Every rank runs as many batches as the others; rows that are too many lie past the end: without targets.
+            for first in range(0, n_rows, micro * world.size):
+                rows = first + world.rank * micro + np.arange(micro)
+                batch, n = load_rows(corpus.val, np.where(rows < n_rows, rows, end), None)
+                with here.autocast():
+                    parts = model(**batch, loss=objective.loss)
+                sums = {key: sums.get(key, 0) + part for key, part in parts.items()}
+                counts = {key: counts.get(key, 0) + n[key] for key in n}
+            model.train()
+            return objective.report(numbers(world.sum(sums)), numbers(world.sum(counts)))
+
+        def save(step: int, is_best: bool) -> None:
+            info = {
+                "best_val_loss": best_val_loss if best_val_loss < math.inf else None,
+                "progress": progress,
+                "corpus": corpus.fingerprint,
+                "config": configs.to_dict(config),
+                "plugins": plugins.versions(),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                "git_commit": git_commit(),
+            }
+            path = checkpoint.save(run_dir, step, model, optimizers, info)
+            if is_first:
+                if is_best:
+                    checkpoint.point(run_dir, "best", path)
+                checkpoint.prune(run_dir, config.checkpoint.keep_last)
+            plugins.hook.nanopre_checkpoint_saved(run=run, step=step, path=path)
+
+        for name, logger in config.loggers.items():
+            plugins.register_instance(logger, name)
+        run = Run(
+            config=config,
+            dir=run_dir,
+            rank=world.rank,
+            world_size=world.size,
+            device=str(here.device),
+            n_parameters=n_parameters,
+            start_step=start_step,
+            steps=c.steps,
+            tokenizer=tokenizer,
+            model=model,
+            objective=objective,
+        )
+        if is_first:
+            epochs = c.steps * c.batch_size / objective.rows_per_epoch(corpus.train, c.seq_len)
+            print(f"{run_dir}: {n_parameters:,} parameters; {here.reason}; {world.size} process(es)")
+            print(f"{corpus.train.n_tokens:,} tokens to train on, of which this run sees {epochs:.3g} epochs; "
+                  f"{corpus.val.n_tokens:,} to validate")  # fmt: skip
+        status, skipped_in_a_row = "failed", 0
+        plugins.hook.nanopre_run_start(run=run)
+        try:
+            with distributed.StopSignal() as stop, closing(data.prefetch(load_step, start_step)) as batches:
+                for step, (batch, counts) in zip(range(start_step, c.steps), batches, strict=False):
+                    began = time.perf_counter()
+                    factor = optim.learning_rate_factor(config.schedule, step, c.steps)
+                    optim.set_rates(optimizers, peak_rates, factor)
+                    distributed.seed_step(config.seed, step, world.rank)
+
+                    # Normalise once: each sum of losses is divided by its number of targets in the whole global batch.
+                    # So micro-batches and ranks only ever add.
+                    totals = world.sum(counts)
+                    sums = {}
+                    for first in range(0, share, micro):
+                        with distributed.accumulate(wrapped, last=first + micro >= share):
+                            with here.autocast():
+                                rows = {key: tensor[first : first + micro] for key, tensor in batch.items()}
+                                parts = wrapped(**rows, loss=objective.loss)
+                            sum(part / totals[key].clamp(min=1) for key, part in parts.items()).backward()
+                        sums = {key: sums.get(key, 0) + part.detach() for key, part in parts.items()}
+                    norm = optim.clip_gradients(model.parameters(), c.grad_clip)
+
+                    # One look at the numbers a step. They are the same on every rank, and so is what follows from them.
+                    seen = numbers(world.sum({**sums, "stop": stop.asked}))
+                    stopping = seen.pop("stop") > 0
+                    metrics = objective.report(seen, numbers(totals))
+                    norm = norm.item()
+                    if math.isfinite(metrics["loss"]) and math.isfinite(norm):
+                        for optimizer in optimizers:
+                            optimizer.step()
+                        skipped_in_a_row = 0
+                    else:
+                        progress["skipped"] += 1
+                        skipped_in_a_row += 1
+                    for optimizer in optimizers:
+                        optimizer.zero_grad(set_to_none=True)
+                    if skipped_in_a_row > c.max_skipped_steps:
+                        raise UserError(diverged(run_dir, step, skipped_in_a_row))
+
+                    seconds = time.perf_counter() - began
+                    done = step + 1
+                    progress["tokens"] += tokens_per_step
+                    progress["seconds"] += seconds
+                    metrics |= {
+                        "lr": peak_rates[0][0] * factor,
+                        "grad_norm": norm,
+                        "tokens_per_second": tokens_per_step / seconds,
+                        "epoch": done * c.batch_size / objective.rows_per_epoch(corpus.train, c.seq_len),
+                        **progress,
+                    }
+                    if peak_flops:
+                        metrics["mfu"] = flops_per_token * tokens_per_step / seconds / (peak_flops * world.size)
+                    plugins.hook.nanopre_step_end(run=run, step=done, metrics=metrics)
+
+                    last = done == c.steps or stopping
+                    is_best = False
+                    if corpus.val.n_tokens and (done == c.steps or done % c.eval_interval == 0):
+                        evaluation = evaluate()
+                        plugins.hook.nanopre_evaluation_end(run=run, step=done, metrics=evaluation)
+                        is_best = config.checkpoint.keep_best and evaluation["loss"] < best_val_loss
+                        best_val_loss = min(best_val_loss, evaluation["loss"])
+                    due = config.checkpoint.interval and done % config.checkpoint.interval == 0
+                    if due or last or is_best:
+                        save(done, is_best)
+                    if last:
+                        break
+            status = "finished" if done == c.steps else "interrupted"
+        finally:
+            plugins.hook.nanopre_run_end(run=run, status=status)
+
+        if is_first and status == "interrupted":
+            print(f"Stopped after step {done} of {c.steps}; go on with: python train.py --resume {run_dir}")
+        elif is_first:
+            print_samples(model, tokenizer, c.prompt, c.samples, config.seed)
+            print(f"\nMore samples: python sample.py {run_dir} --prompt {c.prompt or 'TEXT'!r}")
+
+
+def numbers(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The values of scalar tensors, read in one transfer."""
+    return dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
+
+
+def print_samples(model, tokenizer, prompt: str, n_samples: int, seed: int) -> None:
+    start = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eot]
+    with torch.compiler.set_stance("force_eager"):  # a new length at every token: nothing to compile for
+        for i in range(n_samples):
+            generator = torch.Generator(next(model.parameters()).device).manual_seed(seed + i)
+            tokens = generate(
+                model, start, 200, 0.8, top_p=0.95, generator=generator, n_vocab=tokenizer.n_vocab, stop=tokenizer.eot
+            )
+            print(f"\n--- sample {i + 1} ---\n{prompt}{tokenizer.decode(list(tokens))}")
+
+
+def diverged(run_dir: Path, step: int, skipped: int) -> str:
+    saved = checkpoint.pointed(run_dir, "latest")
+    rest = f"the last checkpoint is whole: {saved}" if saved else "there is no checkpoint yet"
+    return (
+        f"{run_dir}: the loss or its gradient was not finite in {skipped} steps in a row, up to step {step + 1}; "
+        f"lower optimizer.lr or raise schedule.warmup_steps ({rest})."
+    )
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, "" outside of a checkout."""
+    result = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # of errors before the ranks have met; later ones are said in start()
+            print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
