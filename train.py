@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopre import UserError, checkpoint, config as configs, cost, data, distributed, machine, optim
+from nanopre import UserError, checkpoint, config as configs, corpus as corpora, cost, data, distributed, machine, optim
 from nanopre.generate import generate
 from nanopre.hookspecs import Run
 from nanopre.plugins import nearest
@@ -70,7 +70,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         configs.check_layout(config, world.size)
 
         # The corpus, tokenised at first use by one process, and a model that starts the same in every layout.
-        corpus = world.first("corpus", lambda: data.prepare(config, plugins, progress=is_first))
+        corpus = world.first("corpus", lambda: corpora.prepare(config, plugins, progress=is_first))
         tokenizer = corpus.tokenizer
         model = distributed.build_model(config, tokenizer).to(here.device)
         optimizers = config.optimizer.build(model)

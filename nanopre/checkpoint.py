@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +63,9 @@ def save(run_dir: Path, step: int, model: nn.Module, optimizers: Sequence, info:
         temporary.mkdir(parents=True)
     _barrier()
     weights, states = get_state_dict(model, list(optimizers), options=OPTIONS)
-    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: it is meant to be
+        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
     _barrier()
     if first:
         checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}

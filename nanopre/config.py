@@ -1,7 +1,7 @@
 """TOML and --section.key=value to dataclasses; what is not known or not possible is refused in one sentence.
 
-The core's sections are the dataclasses below. The sections that a plugin fills ([model], [objective], [optimizer], and each
-entry of [parallel] and [loggers]) have the fields of the plugin's class.
+The core's sections are the dataclasses below. The sections that a plugin fills ([model], [objective], [optimizer], and
+each entry of [parallel] and [loggers]) have the fields of the plugin's class.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def fraction(section: object, *names: str) -> None:
 
 @dataclass
 class Data:
-    corpus: str | list[str] | dict[str, Any] = "stdlib"  # a dataset plugin, a file or glob, several, or {name = ..., ...}
+    corpus: str | list[str] | dict[str, Any] = "stdlib"  # a dataset plugin, file or glob, several, or {name = ..., ...}
     val_corpus: str | list[str] | dict[str, Any] | None = None  # likewise; left out: a part of the corpus
     val_fraction: float = 0.05  # of the corpus's documents; 0: no validation
     text_key: str = "text"  # of a .jsonl line or .parquet column
@@ -89,8 +89,8 @@ class Train:
     prompt: str = ""  # that the samples continue; "": a new document
 
     def __post_init__(self):
-        at_least(self, steps=1, batch_size=1, micro_batch_size=0, seq_len=1, grad_clip=0, eval_interval=1, eval_tokens=0)
-        at_least(self, log_interval=1, max_skipped_steps=0, samples=0)
+        at_least(self, steps=1, batch_size=1, micro_batch_size=0, seq_len=1, grad_clip=0, eval_interval=1)
+        at_least(self, eval_tokens=0, log_interval=1, max_skipped_steps=0, samples=0)
 
 
 @dataclass
@@ -153,7 +153,7 @@ def from_dict(table: dict[str, Any], where: str) -> tuple[Config, Registry]:
 
 def build_plugin(registry: Registry, kind: str, table: dict[str, Any], where: str) -> Any:
     """A plugin's instance from {"name": ..., option: ...}. `where` is the key that messages name."""
-    return _Builder(where, []).plugin(registry, kind, table, "")
+    return _Builder("", []).plugin(registry, kind, table, where)
 
 
 def parse_override(text: str) -> tuple[str, Any, str]:
@@ -162,9 +162,10 @@ def parse_override(text: str) -> tuple[str, Any, str]:
     if not key.startswith("--") or not equals:
         raise UserError(f"{text}: not an option; a key of the config is set as --section.key=value.")
     try:
-        return key[2:], tomli.loads(f"value = {' '.join(value.splitlines())}")["value"], value
+        table = tomli.loads(f"value = {value}")
     except tomli.TOMLDecodeError:
         return key[2:], value, value
+    return key[2:], table["value"] if len(table) == 1 else value, value
 
 
 class _Builder:
@@ -192,10 +193,13 @@ class _Builder:
                 raise self.error(name, f"is {_toml(section)}", "it must be a section.")
             if kind in ("parallel", "logger"):
                 chosen = {"console": {}} if kind == "logger" and name not in table else section
-                values[name] = {n: self._build(registry, kind, n, chosen[n], f"{name}.{n}") for n in chosen}
+                keys = {n: f"{name}.{n}" for n in chosen}
+                values[name] = {n: self._build(registry, kind, n, chosen[n], keys[n], keys[n]) for n in chosen}
             elif kind:
-                default = {"name": f.metadata["name"]}
-                section = self._drop_foreign(registry, kind, name, default | section, default | in_file.get(name, {}))
+                section = {"name": f.metadata["name"], **section}
+                if f"{name}.name" in self.flags:
+                    chosen_in_file = in_file.get(name, {}).get("name", f.metadata["name"])
+                    section = self._drop_foreign(registry, kind, name, section, chosen_in_file)
                 values[name] = self.plugin(registry, kind, section, name)
             elif name in table:
                 values[name] = self.value(typing.get_type_hints(Config)[name], table[name], name)
@@ -212,15 +216,14 @@ class _Builder:
         options = dict(table)
         if "name" not in options:
             raise self.error(key, "is a table without a name", 'it must be like {name = "..."}.')
-        name_key = _join(key, "name")
-        name = self.value(str, options.pop("name"), name_key)
-        return self._build(registry, kind, name, options, key, name_key)
+        name = self.value(str, options.pop("name"), f"{key}.name")
+        return self._build(registry, kind, name, options, key, f"{key}.name")
 
     def section(self, cls: type, table: dict[str, Any], key: str) -> Any:
         """An instance of the dataclass, each field checked against its type."""
         hints = typing.get_type_hints(cls)
         self._check_keys(table, [f.name for f in dataclasses.fields(cls)], key)
-        return self._instance(cls, {n: self.value(hints[n], v, _join(key, n)) for n, v in table.items()}, key)
+        return self._instance(cls, {n: self.value(hints[n], v, f"{key}.{n}") for n, v in table.items()}, key)
 
     def value(self, hint: Any, value: Any, key: str) -> Any:
         """The value if it is of the type; a whole number is also a float. Raises UserError that names the key."""
@@ -248,13 +251,13 @@ class _Builder:
     def place(self, key: str) -> str:
         """Where the key was set: the flag that set it, or a part or the whole of it, or else the file and the key."""
         flags = (flag for flag in self.flags if f"{flag}.".startswith(f"{key}.") or f"{key}.".startswith(f"{flag}."))
-        return next((f"--{flag}" for flag in flags), f"{self.where}: {key}" if key else self.where)
+        return next((f"--{flag}" for flag in flags), _sentence(self.where, key))
 
     def error(self, key: str, problem: str, remedy: str) -> UserError:
         return UserError(f"{self.place(key)}: {problem}; {remedy}")
 
-    def _build(self, registry: Registry, kind: str, name: str, options: Any, key: str, name_key: str = "") -> Any:
-        cls = registry.get(kind, name, self.place(name_key or key))
+    def _build(self, registry: Registry, kind: str, name: str, options: Any, key: str, name_key: str) -> Any:
+        cls = registry.get(kind, name, self.place(name_key))
         instance = self.section(cls, self._table(options, key), key)
         object.__setattr__(instance, "_plugin_name", name)  # for to_dict; also where the dataclass is frozen
         return instance
@@ -270,15 +273,12 @@ class _Builder:
             value = self._override(inner, rest, value, key)
         return {**table, first: value}
 
-    def _drop_foreign(self, registry, kind: str, section: str, table: dict[str, Any], in_file: dict[str, Any]) -> dict:
-        """Where a flag chooses another plugin than the file, without the file's options that are the other's alone."""
-        if f"{section}.name" not in self.flags or table["name"] == in_file["name"]:
-            return table
-        old, new = (
-            {f.name for f in dataclasses.fields(registry.get(kind, str(name), where))}
-            for name, where in ((in_file["name"], f"{self.where}: {section}.name"), (table["name"], f"--{section}.name"))
-        )
-        return {k: v for k, v in table.items() if k not in old - new or f"{section}.{k}" in self.flags}
+    def _drop_foreign(self, registry: Registry, kind: str, section: str, table: dict[str, Any], in_file: str) -> dict:
+        """The table without the file's options that only the plugin that the file chose has, not the one of the flag."""
+        old = registry.get(kind, str(in_file), f"{self.where}: {section}.name")
+        new = registry.get(kind, str(table["name"]), f"--{section}.name")
+        foreign = {f.name for f in dataclasses.fields(old)} - {f.name for f in dataclasses.fields(new)}
+        return {k: v for k, v in table.items() if k not in foreign or f"{section}.{k}" in self.flags}
 
     def _check_keys(self, table: dict[str, Any], known: list[str], section: str) -> None:
         for name in table:
@@ -297,8 +297,8 @@ class _Builder:
         except ValueError as error:
             # The file and all flags that had a part in it: which of the values is wrong, the user knows.
             fields = [_join(key, f.name) for f in dataclasses.fields(cls)]
-            place = ", ".join([self.where, *(f"--{flag}" for flag in self.flags if flag in (key, *fields))])
-            raise UserError(f"{place}: {key + ': ' if key else ''}{error}.") from None
+            flags = [f"--{flag}" for flag in self.flags if flag in (key, *fields)]
+            raise UserError(_sentence(", ".join([self.where, *flags]), key, f"{error}.")) from None
 
     def _table(self, value: Any, key: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -308,6 +308,10 @@ class _Builder:
 
 def _join(section: str, name: str) -> str:
     return f"{section}.{name}" if section else name
+
+
+def _sentence(*parts: str) -> str:
+    return ": ".join(filter(None, parts))
 
 
 def _field_names(section: str) -> list[str]:
@@ -331,7 +335,7 @@ def _words(hint: Any) -> str:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved config as a table: every default filled in, a plugin's name beside its options; builds an equal one."""
+    """The config as a table, every default filled in, a plugin's name beside its options: builds an equal one."""
     result = _table(config)
     for name, value in result.items():
         if dataclasses.is_dataclass(value):
@@ -353,7 +357,7 @@ def to_toml(config: Config) -> str:
 
 
 def check_layout(config: Config, world_size: int) -> None:
-    """Raise UserError where the global batch can't be shared out evenly over so many processes and their micro-batches."""
+    """Raise UserError where the global batch can't be shared out evenly over the processes and their micro-batches."""
     batch, micro = config.train.batch_size, config.train.micro_batch_size or 1
     unit = world_size * micro
     if batch % unit:

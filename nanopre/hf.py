@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nanopre import UserError, checkpoint, config as configs
+from nanopre.hf_tokenizer import read_tokenizer, write_tokenizer
 from nanopre.model import ModelConfig, Transformer
 from nanopre.tokenizer import Tokenizer
 
@@ -244,7 +245,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             except FileNotFoundError:
                 raise UserError(f"{folder / file}: missing, though {index.name} names it.") from None
             except (safetensors.SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise UserError(f"{folder / file}: not a whole file of weights ({str(error).splitlines()[0]}).") from None
+                problem = str(error).splitlines()[0]
+                raise UserError(f"{folder / file}: not a whole file of weights ({problem}).") from None
         return tensors
     raise UserError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of their shards.")
 
@@ -313,3 +315,118 @@ def fill(model: Transformer, state: Mapping[str, Tensor], where: str) -> None:
     if unused:
         raise UserError(f"{where}: there are weights for {min(unused)}, which config.json's sizes leave out.")
     model.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole folders
+
+
+def import_model(source: str | Path, run_dir: str | Path, tokenizer_file: str | Path | None = None) -> Path:
+    """Make a run, with one checkpoint at step 0, of a folder in the format of transformers. Returns the checkpoint.
+
+    `tokenizer_file`: a tokenizer.json of a nanopre run, in place of the folder's own. Raises UserError.
+    """
+    source, run_dir = Path(source), Path(run_dir)
+    if run_dir.exists():
+        raise UserError(f"{run_dir}: is there already; choose the name of a new run.")
+    where = str(source / "config.json")
+    hf_config = read_json(source / "config.json")
+    family = family_of(hf_config, where)
+    options, seq_len = read_options(family, hf_config, where)
+    if tokenizer_file:
+        tokenizer = Tokenizer.load(Path(tokenizer_file))
+    else:
+        tokenizer_file, eos = source / "tokenizer.json", hf_config.get("eos_token_id")
+        data = read_json(tokenizer_file)
+        tokenizer = read_tokenizer(data, eos[0] if isinstance(eos, list) else eos, str(tokenizer_file))
+    if tokenizer.eot >= (rows := options["vocab_size"]):
+        raise UserError(f"{tokenizer_file}: its ids go up to {tokenizer.eot}, beyond the vocab_size of {rows} in {where}.")
+    table = {
+        "name": run_dir.name,
+        "out_dir": str(run_dir.parent),
+        "model": {"name": family.model, **options},
+        "tokenizer": {"vocab_size": tokenizer.n_vocab},
+        "train": {"seq_len": seq_len},
+    }
+    config, registry = configs.from_dict(table, where)
+    model = config.model.build(vocab_size=options["vocab_size"], seq_len=seq_len)
+    fill(model, from_hf(family, read_weights(source), model.config.tie_embeddings, str(source)), str(source))
+    checkpoint.create_run(run_dir, config, tokenizer)
+    info = {"imported_from": str(source), "config": configs.to_dict(config), "plugins": registry.versions()}
+    return checkpoint.save(run_dir, 0, model, [], info)
+
+
+def export_model(run: str | Path, folder: str | Path) -> None:
+    """Write a run's latest checkpoint, or the one given, as a new folder for AutoModelForCausalLM and AutoTokenizer.
+
+    Raises UserError.
+    """
+    folder = Path(folder)
+    opened = checkpoint.open_run(run)
+    config, tokenizer = opened.model.config, opened.tokenizer
+    family = family_for(config, str(run))
+    if folder.exists():
+        raise UserError(f"{folder}: is there already; choose a new folder.")
+    folder.mkdir(parents=True)
+
+    tensors = to_hf(family, opened.model.state_dict(), config.n_layers, config.tie_embeddings)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    # Special tokens that the embedding has no rows for, which an import can leave, are not exported.
+    n_vocab = min(tokenizer.n_vocab, config.vocab_size)
+    tokenizer_json = write_tokenizer(tokenizer, n_vocab)
+    names = {token["id"]: token["content"] for token in tokenizer_json["added_tokens"]}
+    roles = dict(bos=tokenizer.eot, eos=tokenizer.eot, pad=tokenizer.pad)
+    ids = {f"{role}_token_id": i for role, i in roles.items() if i in names}
+    roles |= dict(cls=tokenizer.cls, sep=tokenizer.sep, mask=tokenizer.mask)
+    named = {f"{role}_token": names[i] for role, i in roles.items() if i in names}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **named,
+        "additional_special_tokens": [name for name in names.values() if name not in named.values()],
+        "model_max_length": config.seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    # As in sample.py, the rows that only pad the vocabulary are never chosen.
+    generation = {**ids, "suppress_tokens": list(range(n_vocab, config.vocab_size))}
+    files = {
+        "config.json": write_options(family, config) | ids,
+        "generation_config.json": {key: value for key, value in generation.items() if value != []},
+        "tokenizer.json": tokenizer_json,
+        "tokenizer_config.json": tokenizer_config,
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: can't be read as JSON ({getattr(error, 'strerror', None) or error}).") from None
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m nanopre.hf", description="Models from and to Hugging Face.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("import", help="make a run of a folder in the format of transformers")
+    command.add_argument("source", metavar="HF_FOLDER", help="a folder of config.json, weights and tokenizer.json")
+    command.add_argument("run", metavar="RUN", help="the new run's folder: runs/NAME")
+    command.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json of a run, in place of HF_FOLDER's own")
+    command = commands.add_parser("export", help="make a folder in the format of transformers of a run")
+    command.add_argument("run", metavar="RUN", help="a run's folder (its latest checkpoint) or one checkpoint's")
+    command.add_argument("folder", metavar="HF_FOLDER", help="the new folder")
+    a = parser.parse_args(argv)
+    if a.command == "import":
+        print(f"Imported to {import_model(a.source, a.run, a.tokenizer)}; try: python sample.py {a.run} --prompt TEXT")
+    else:
+        export_model(a.run, a.folder)
+        print(f"Exported to {a.folder}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"nanopre.hf: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,7 +1,7 @@
 """Every extension point of nanopre: the contract between the core and its plugins (docs/plugins.md explains it).
 
-A plugin offers classes by name through the registration hooks, and observes a run through the lifecycle hooks. Hooks are
-called by keyword, so that an implementation may take fewer arguments than the specification has. No hook is
+A plugin offers classes by name through the registration hooks, and observes a run through the lifecycle hooks. Hooks
+are called by keyword, so that an implementation may take fewer arguments than the specification has. No hook is
 `firstresult`: what is exclusive is chosen by its name, never by who answers first.
 """
 

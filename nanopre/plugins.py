@@ -71,7 +71,7 @@ class Registry:
         return self._offers[kind][name].cls
 
     def add(self, plugin: ModuleType, source: str, version: str) -> None:
-        """Check a plugin's module and take what it offers: all of it, or nothing and a UserError that names `source`."""
+        """Check a plugin's module and take what it offers: all of it, or nothing and a UserError with its `source`."""
         check_implementations(plugin, source)
         offered: list[tuple[str, Offer]] = []
         try:
@@ -209,8 +209,8 @@ def check_class(kind: str, offer: Offer) -> None:
             raise UserError(f"{where}: the field {field.name} has no default.")
         if not (field.init and is_toml_type(typing.get_type_hints(offer.cls)[field.name])):
             raise UserError(
-                f"{where}: the field {field.name} can't be a key of TOML; its type must be made of int, float, bool, str, "
-                "Literal, list, dict and None."
+                f"{where}: the field {field.name} can't be a key of TOML; its type must be made of int, float, bool, "
+                "str, Literal, list, dict and None."
             )
     doc = (offer.cls.__doc__ or "").strip()
     if not doc or doc.startswith(f"{offer.cls.__name__}("):  # the second is what dataclass fills in

@@ -21,12 +21,12 @@ transformers = pytest.importorskip("transformers")
 
 REGISTRY = load_plugins()
 
-GPT2 = dict(positions="learned", norm="layernorm", norm_eps=1e-5, activation="gelu_tanh", bias=True, tie_embeddings=True)
-LLAMA = dict(positions="rope", norm="rmsnorm", norm_eps=1e-5, activation="swiglu", bias=False, tie_embeddings=False)
+GPT2 = dict(positions="learned", norm="layernorm", activation="gelu_tanh", bias=True, tie_embeddings=True)
+LLAMA = dict(positions="rope", norm="rmsnorm", activation="swiglu", bias=False, tie_embeddings=False)
 
 
 def tiny(family: dict, **changes) -> ModelConfig:
-    shape = dict(vocab_size=53, seq_len=256, d_model=24, n_layers=2, n_heads=4, n_kv_heads=4, d_ff=37)
+    shape = dict(vocab_size=53, seq_len=256, d_model=24, n_layers=2, n_heads=4, n_kv_heads=4, d_ff=37, norm_eps=1e-5)
     return ModelConfig(**{**shape, **family, **changes})
 
 
@@ -168,13 +168,16 @@ def test_a_token_moves_its_own_and_later_logits_of_its_row_alone(family, with_gr
 
 
 @given(
-    T=st.integers(1, 270), cached=st.integers(0, 140), group=st.sampled_from([(4, 4), (6, 2), (3, 1)]), seed=st.integers(0)
+    T=st.integers(1, 270),
+    cached=st.integers(0, 140),
+    group=st.sampled_from([(4, 4), (6, 2), (3, 1)]),
+    seed=st.integers(0, 2**32),
 )
 @settings(max_examples=20, deadline=None)
 def test_attention_in_blocks_equals_softmax_of_masked_scores(T, cached, group, seed):
     """Both paths, with and without earlier positions in a cache, against the textbook's formula in float64."""
     (H, H_kv), S, D = group, cached + T, 6
-    generator = torch.Generator().manual_seed(seed % 2**63)
+    generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, h, n, D, generator=generator) for h, n in ((H, T), (H_kv, S), (H_kv, S)))
     keys, values = (x.double().repeat_interleave(H // H_kv, dim=1) for x in (k, v))
     scores = q.double() @ keys.transpose(-2, -1) / math.sqrt(D)
@@ -377,7 +380,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_their_published_number_of_parameters(name):
     number, family, (V, T, C, n_layers, H, H_kv, d_ff) = PUBLISHED[name]
-    config = ModelConfig(V, T, C, n_layers, H, H_kv, d_ff, **family)
+    config = ModelConfig(V, T, C, n_layers, H, H_kv, d_ff, norm_eps=1e-5, **family)
     with torch.device("meta"):
         model = Transformer(config)
     assert sum(p.numel() for p in model.parameters()) == number

@@ -15,7 +15,7 @@ import torch
 import train
 from conftest import ENVIRONMENT, ROOT, read_log, run_script
 
-from nanopre import UserError, checkpoint, data, distributed
+from nanopre import UserError, checkpoint, corpus as corpora, distributed
 
 STOP_AT_5 = """
 import os, signal
@@ -139,7 +139,7 @@ def test_two_processes_and_micro_batches_change_nothing(tiny, tmp_path):
 def test_evaluation_is_the_mean_over_the_whole_split(tiny, tmp_path):
     folder = run(tiny, "a", "--train.micro_batch_size=3", "--train.batch_size=9", tmp_path=tmp_path)
     opened = checkpoint.open_run(folder)
-    corpus = data.prepare(opened.config, opened.registry, progress=False)
+    corpus = corpora.prepare(opened.config, opened.registry, progress=False)
     tokens = torch.from_numpy(np.asarray(corpus.val.tokens).astype(np.int64))
     total = 0.0
     for start in range(0, len(tokens) - 1, 48):  # each token but the first once, from a context of its own window

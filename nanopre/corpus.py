@@ -1,0 +1,415 @@
+"""Text to tokens on disk: read it as a stream, split it by document, tokenise it on all cores, write it once.
+
+    cache/corpora/<key>/    {train,val}.{tokens,documents,sentences}.bin, tokenizer.json, meta.json
+    cache/tokenizers/       trained tokenizers
+    cache/hashes.json       content hashes of files, by path, size and time of change
+
+The key is a hash of the texts, the tokenizer and the way to split: a changed file is another corpus. A corpus is written
+under a temporary name and renamed when it is whole, and its files' checksums are verified when it is opened.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from nanopre import UserError, config as configs, tokenizer as tokenizers
+from nanopre.data import Corpus, Split, hash64
+from nanopre.plugins import Registry, nearest
+from nanopre.tokenizer import Tokenizer
+
+FORMAT = 1  # of the files on disk
+DOCUMENT_BYTES = 2**16  # a longer text file is cut into documents of about this size
+BATCH_BYTES = 2**20  # of text that a thread tokenises at a time
+TRAINING_BYTES = 2**28  # of text from the start of the corpus that a BPE is trained on
+
+Document = tuple[str, str | None]  # text, and "train" or "val" where the source brings its own split
+
+
+def prepare(config: configs.Config, registry: Registry, progress: bool = True) -> Corpus:
+    """Open the configured corpus, after tokenising it where that has not been done. Raises UserError."""
+    cache = Path(config.data.cache_dir)
+    cache.mkdir(parents=True, exist_ok=True)
+    source = Source(config.data.corpus, "data.corpus", config, registry)
+    val_source = None
+    if config.data.val_corpus is not None:
+        val_source = Source(config.data.val_corpus, "data.val_corpus", config, registry)
+    texts = [source.fingerprint(cache), val_source.fingerprint(cache) if val_source else ""]
+    tokenizer = _tokenizer(config.tokenizer, [s for s in (source, val_source) if s], cache, texts, progress)
+    split = None if val_source else config.data.val_fraction
+    key = _digest(FORMAT, texts, tokenizer.fingerprint, split)
+    folder = cache / "corpora" / key
+    if not (folder / "meta.json").exists():
+        _write(folder, _split(source, val_source, config.data.val_fraction), tokenizer, progress, str(config.data.corpus))
+    return open_corpus(folder)
+
+
+def _digest(*keys: Any) -> str:
+    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources of documents
+
+
+class Source:
+    """The documents that `data.corpus` names: of a dataset plugin, or of files."""
+
+    def __init__(self, corpus: str | list[str] | dict, key: str, config: configs.Config, registry: Registry):
+        self.key, self.text_key = key, config.data.text_key
+        self.dataset, self.files = None, []
+        if isinstance(corpus, str) and corpus in registry.offers("dataset"):
+            corpus = {"name": corpus}
+        if isinstance(corpus, dict):
+            self.dataset = configs.build_plugin(registry, "dataset", corpus, key)
+            return
+        for pattern in [corpus] if isinstance(corpus, str) else corpus:
+            found = sorted(path for path in glob.glob(str(pattern), recursive=True) if os.path.isfile(path))
+            if not found:
+                names = list(registry.offers("dataset"))
+                raise UserError(f'{key}: no file matches "{pattern}", and no dataset has this name; {nearest(pattern, names)}')
+            self.files += found
+
+    def documents(self) -> Iterator[Document]:
+        if self.dataset is None:
+            for file in self.files:
+                for text in read_file(file, self.text_key):
+                    yield text, None
+            return
+        for document in self.dataset.documents():
+            yield (document, None) if isinstance(document, str) else document
+
+    def fingerprint(self, cache: Path) -> str:
+        """A hash of the documents' content."""
+        if self.dataset is not None:
+            return _digest(type(self.dataset).__name__, self.dataset.fingerprint())
+        return _digest(self.text_key, DOCUMENT_BYTES, [hash_file(Path(file), cache) for file in self.files])
+
+
+def hash_file(file: Path, cache: Path) -> str:
+    """sha256 of a file's content, remembered for as long as its size and time of change stay."""
+    stat = file.stat()
+    key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    memory = cache / "hashes.json"
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or cut off: it only saves time
+        known = {}
+    if key not in known:
+        with open(file, "rb") as stream:
+            known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+        with tempfile.NamedTemporaryFile("w", dir=cache, delete=False, encoding="utf-8") as temporary:
+            json.dump(known, temporary)
+        os.replace(temporary.name, memory)
+    return known[key]
+
+
+def read_file(file: str, text_key: str) -> Iterator[str]:
+    """The documents of a text, .jsonl or .parquet file; .gz and .xz of the first two are unpacked on the way."""
+    name = file.removesuffix(".gz").removesuffix(".xz")
+    if name.endswith(".parquet"):
+        yield from _read_parquet(file, text_key)
+        return
+    unpack = gzip.open if file.endswith(".gz") else lzma.open if file.endswith(".xz") else open
+    try:
+        with unpack(file, "rb") as stream:
+            yield from _read_jsonl(file, stream, text_key) if name.endswith((".jsonl", ".ndjson")) else _read_text(stream)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 ({error.reason}, at byte {error.start:,} of a piece of the text).") from None
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{file}: the compressed file is damaged ({error}).") from None
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror}).") from None
+
+
+def _read_text(stream) -> Iterator[str]:
+    """A file of less than twice DOCUMENT_BYTES is a document. A longer one is cut at blank lines, else at line ends, else
+    at characters, so that a text of any length streams and can be split by document."""
+    rest = b""
+    while piece := stream.read(DOCUMENT_BYTES):
+        rest += piece
+        if len(rest) >= 2 * DOCUMENT_BYTES:
+            cut = rest.rfind(b"\n\n", 1, DOCUMENT_BYTES) + 2
+            cut = cut if cut > 1 else rest.rfind(b"\n", 0, DOCUMENT_BYTES) + 1
+            if cut < 1:
+                cut = DOCUMENT_BYTES
+                while rest[cut] & 0xC0 == 0x80:  # within a character
+                    cut -= 1
+            yield rest[:cut].decode("utf-8")
+            rest = rest[cut:]
+    if rest:
+        yield rest.decode("utf-8")
+
+
+def _read_jsonl(file: str, stream, text_key: str) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError:
+            raise UserError(f"{file}:{number}: not UTF-8.") from None
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: not a line of JSON ({error}).") from None
+        if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+            keys = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
+            hint = nearest(text_key, keys).replace("choose from", "there are") if keys else "it has no key with a text."
+            raise UserError(f'{file}:{number}: has no text at the key data.text_key = "{text_key}"; {hint}')
+        yield record[text_key]
+
+
+def _read_parquet(file: str, text_key: str) -> Iterator[str]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(f"{file}: reading .parquet needs pyarrow; pip install 'nanopre[parquet]'.") from None
+    try:
+        table = parquet.ParquetFile(file)
+        if text_key not in table.schema_arrow.names:
+            hint = nearest(text_key, table.schema_arrow.names)
+            raise UserError(f'{file}: has no column data.text_key = "{text_key}"; {hint}')
+        for batch in table.iter_batches(batch_size=256, columns=[text_key]):
+            yield from (text for text in batch.column(0).to_pylist() if text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: can't be read as .parquet ({str(error).splitlines()[0]}).") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splitting
+
+
+def _split(source: Source, val_source: Source | None, val_fraction: float) -> Iterator[tuple[str, str]]:
+    """(text, "train" or "val") of every document that is not empty.
+
+    A source's own split comes first, then val_corpus, and else the hash of a document's number: by document, never by
+    window, so that no text is on both sides. Of two documents or more at least one is validated on, and one trained on.
+    """
+    documents = ((text, part) for text, part in source.documents() if text)
+    counts = {"train": 0, "val": 0}
+    held = None  # the last document waits: it may have to be the one that is missing on a side
+    for number, (text, part) in enumerate(documents):
+        if held:
+            counts[held[1]] += 1
+            yield held
+        drawn = "val" if not val_source and int(hash64(number)) < val_fraction * 2**64 else "train"
+        held = (text, part or drawn)
+        own_split = part is not None
+    if held is None:
+        raise UserError(f"{source.key}: there is no text in it.")
+    if not own_split and not val_source and val_fraction:
+        if not any(counts.values()):
+            raise UserError(
+                f"{source.key}: it is one document, which can't be split into training and validation; add another, name "
+                "data.val_corpus, or set data.val_fraction = 0."
+            )
+        missing = [part for part in counts if not counts[part]]
+        held = (held[0], missing[0]) if missing else held
+    yield held
+    if val_source:
+        empty = True
+        for text, _ in val_source.documents():
+            if text:
+                empty = False
+                yield text, "val"
+        if empty:
+            raise UserError(f"{val_source.key}: there is no text in it.")
+
+
+SENTENCE_END = re.compile(rb"""[.!?]["')\]]*\s+(?=["'(\[]*[A-Z0-9])|\n\s*\n""")
+
+
+def sentence_starts(text: bytes) -> list[int]:
+    """Byte offsets at which sentences begin, but for the first: behind . ! or ? with closing quotes or brackets and
+    before white space that a capital or a digit follows, and at blank lines. The white space belongs to the sentence that
+    it leads."""
+    starts = []
+    for match in SENTENCE_END.finditer(text):
+        end = match.group()
+        starts.append(match.end() - len(end) + len(end.rstrip()))
+    return starts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenising
+
+
+def _tokenizer(config: configs.Tokenizer, sources: list[Source], cache: Path, texts: list[str], progress: bool) -> Tokenizer:
+    """The configured tokenizer; one that is made from the corpus is kept in the cache."""
+    if config.name == "bytes":
+        return tokenizers.bytes_tokenizer()
+    if config.name == "gpt2":
+        return tokenizers.gpt2_tokenizer(config.path)
+    vocab_size = config.vocab_size if config.name == "bpe" else 0
+    file = cache / "tokenizers" / f"{_digest(config.name, vocab_size, texts, tokenizers.BPE_PATTERN)}.json"
+    if not file.exists():
+        if progress:
+            print(f"making the {config.name} tokenizer ...", file=sys.stderr)
+        if config.name == "chars":
+            made = tokenizers.characters_tokenizer(text for source in sources for text, _ in source.documents())
+        else:
+            made = tokenizers.bpe_tokenizer(_first_texts(sources[0]), vocab_size)
+        file.parent.mkdir(exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        made.save(temporary)
+        os.replace(temporary, file)
+    return Tokenizer.load(file)
+
+
+def _first_texts(source: Source) -> Iterator[str]:
+    """The texts that a BPE is trained on: the first TRAINING_BYTES, none of them a text that is surely validated on."""
+    left = TRAINING_BYTES
+    for text, part in source.documents():
+        if part != "val":
+            yield text
+            left -= len(text)
+            if left < 0:
+                return
+
+
+def _write(folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, progress: bool, name: str) -> None:
+    """Tokenise the documents into a folder, which appears under its name when it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        writers = {part: _Writer(temporary, part, tokenizer) for part in ("train", "val")}
+        show = progress and sys.stderr.isatty()
+        columns = [SpinnerColumn(), TextColumn("tokenising {task.description}"), TimeElapsedColumn()]
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            Progress(*columns, console=Console(stderr=True), disable=not show, transient=True) as bar,
+        ):
+            task = bar.add_task(name, total=None)
+            running: deque = deque()  # so few batches at a time that memory stays small, however large the corpus is
+            for batch in _batches(documents):
+                running.append(pool.submit(_encode, batch, tokenizer))
+                if len(running) > 2 * (os.cpu_count() or 1):
+                    _append(writers, running.popleft().result())
+                    n_bytes, n_tokens = (sum(getattr(w, a) for w in writers.values()) for a in ("n_bytes", "n_tokens"))
+                    bar.update(task, description=f"{name}: {n_bytes / 1e6:,.0f} MB, {n_tokens / 1e6:,.1f}M tokens")
+            while running:
+                _append(writers, running.popleft().result())
+        tokenizer.save(temporary / "tokenizer.json")
+        meta = {"format": FORMAT, "splits": {part: writer.close() for part, writer in writers.items()}}
+        meta["files"] = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        if progress:
+            n = {part: writer.n_tokens for part, writer in writers.items()}
+            print(f"tokenised {name}: {n['train']:,} tokens to train on, {n['val']:,} to validate", file=sys.stderr)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / "meta.json").exists():  # else another process wrote the same corpus first
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[0])
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[tuple[str, str]], tokenizer: Tokenizer) -> list[tuple[str, np.ndarray, np.ndarray, int]]:
+    """(part, tokens with the end of text, sentence starts in tokens, bytes of text) of each document. tiktoken works
+    outside of Python's lock, so that threads use all cores."""
+    encoded = []
+    for text, part in batch:
+        tokens = tokenizer.encode(text)
+        raw = text.encode()
+        ends = np.cumsum(tokenizer.bytes_per_token[tokens])
+        # A sentence starts with the first token that begins where it does or later.
+        begins = np.concatenate(([0], ends[:-1]))
+        starts = np.unique(np.searchsorted(begins, [0, *sentence_starts(raw)]))
+        starts = starts[starts < len(tokens)]
+        encoded.append((part, np.append(tokens, np.uint32(tokenizer.eot)), starts, len(raw)))
+    return encoded
+
+
+def _append(writers: dict[str, _Writer], encoded: list[tuple[str, np.ndarray, np.ndarray, int]]) -> None:
+    for part, *document in encoded:
+        writers[part].append(*document)
+
+
+class _Writer:
+    """Appends documents to the three files of a split."""
+
+    def __init__(self, folder: Path, part: str, tokenizer: Tokenizer):
+        self.dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+        names = ("tokens", "documents", "sentences")
+        self.files = {name: open(folder / f"{part}.{name}.bin", "wb") for name in names}
+        self.n_tokens = self.n_bytes = 0
+
+    def append(self, tokens: np.ndarray, sentences: np.ndarray, n_bytes: int) -> None:
+        self.files["tokens"].write(tokens.astype(self.dtype).tobytes())
+        self.files["documents"].write(np.int64(self.n_tokens).tobytes())
+        self.files["sentences"].write((sentences + self.n_tokens).astype(np.int64).tobytes())
+        self.n_tokens += len(tokens)
+        self.n_bytes += n_bytes
+
+    def close(self) -> dict[str, Any]:
+        for name in ("documents", "sentences"):
+            self.files[name].write(np.int64(self.n_tokens).tobytes())
+        for file in self.files.values():
+            file.close()
+        return {"n_tokens": self.n_tokens, "n_bytes": self.n_bytes, "dtype": np.dtype(self.dtype).name}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """Memory-map a tokenised corpus, after every file proved to be whole. Raises UserError that names a damaged one."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        for name, expected in meta["files"].items():
+            if not (folder / name).exists() or _checksum(folder / name) != expected:
+                state = "damaged" if (folder / name).exists() else "missing"
+                raise UserError(f"{folder / name}: {state}; delete the folder {folder} and the corpus is tokenised anew.")
+        splits = {part: _open_split(folder, part, values) for part, values in meta["splits"].items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder / 'meta.json'}: damaged ({error}); delete the folder and it is made anew.") from None
+    return Corpus(splits["train"], splits["val"], Tokenizer.load(folder / "tokenizer.json"), folder.name, folder)
+
+
+def _open_split(folder: Path, part: str, values: dict[str, Any]) -> Split:
+    def open_array(name: str, dtype: str) -> np.ndarray:
+        file = folder / f"{part}.{name}.bin"
+        return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype=dtype)
+
+    tokens, documents = open_array("tokens", values["dtype"]), open_array("documents", "int64")
+    return Split(tokens, documents, open_array("sentences", "int64"), values["n_bytes"])
+
+
+def _checksum(file: Path) -> list[int]:
+    """[size in bytes, CRC-32], read in pieces of 16 MiB."""
+    crc = 0
+    with open(file, "rb") as stream:
+        while piece := stream.read(2**24):
+            crc = zlib.crc32(piece, crc)
+    return [file.stat().st_size, crc]

@@ -1,0 +1,144 @@
+"""Data is a function: the rows of any step follow from (seed, step) alone, with no loader's state to save.
+
+A corpus is tokens on disk (nanopre/corpus.py makes them); an objective asks for rows of it by their numbers. Every random
+choice is a hash of a counter, so that a rank can make any row without making those before it, and so that no library's
+change of a random stream can change a run.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from nanopre.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness from counters
+
+
+def hash64(*keys: int | np.ndarray) -> np.ndarray:
+    """64 random bits (uint64) for each tuple of keys, which broadcast: splitmix64's finaliser (Steele et al., 2014),
+    once a key."""
+    state = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            x = np.asarray(key).astype(np.uint64) + state * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = x ^ (x >> np.uint64(31))
+    return state
+
+
+def permute(index: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
+    """Where a permutation of range(n), chosen by `key`, puts each index: computed, not stored.
+
+    A Feistel network of four rounds permutes the least square 4**b >= n; an index that it puts beyond n goes through it
+    again until it lands below (cycle walking; Black and Rogaway, 2002), which happens after fewer than four on average.
+    """
+    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    result = np.array(index, dtype=np.uint64)
+    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), result.shape)
+    todo = np.arange(result.size)
+    flat, keys = result.reshape(-1), keys.reshape(-1)
+    while len(todo):
+        left, right = flat[todo] >> shift, flat[todo] & mask
+        for r in range(4):
+            left, right = right, left ^ (hash64(keys[todo], r, right) & mask)
+        flat[todo] = (left << shift) | right
+        todo = todo[flat[todo] >= np.uint64(n)]
+    return result.astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens on disk
+
+
+@dataclass
+class Split:
+    """The training or the validation part of a corpus, memory-mapped. Each document ends in <|endoftext|>."""
+
+    tokens: np.ndarray  # uint16, or uint32 for more than 65,536 tokens
+    documents: np.ndarray  # int64, where each document starts, and n_tokens
+    sentences: np.ndarray  # int64, likewise; a document's start is a sentence's
+    n_bytes: int  # of text, in UTF-8
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(len(starts), length) tokens (int64) from each start on; after the split's end comes its start."""
+        index = starts[:, None] + np.arange(length)
+        np.remainder(index, self.n_tokens, out=index, where=index >= self.n_tokens)
+        return self.tokens[index].astype(np.int64)
+
+
+@dataclass
+class Corpus:
+    """A tokenised corpus."""
+
+    train: Split
+    val: Split  # may be empty
+    tokenizer: Tokenizer
+    fingerprint: str  # of the texts, the tokenizer and the split
+    dir: Path
+
+
+def window_starts(split: Split, rows: np.ndarray, length: int, seed: int) -> np.ndarray:
+    """Where the windows of some training rows start.
+
+    Row r belongs to epoch r // n, n = ceil(n_tokens / length). Each epoch cuts the circle of tokens into windows from a
+    point of its own and visits them in an order of its own, so that it sees every token, and no window's edge stays
+    where it was.
+    """
+    n = -(-split.n_tokens // length)
+    epochs, positions = np.divmod(np.asarray(rows, dtype=np.int64), n)
+    phases = (hash64(seed, 0, epochs) % np.uint64(split.n_tokens)).astype(np.int64)
+    windows = permute(positions, n, hash64(seed, 1, epochs))
+    return (phases + windows * length) % split.n_tokens
+
+
+def prefetch(make: Callable[[int], T], start: int, depth: int = 2) -> Iterator[T]:
+    """Yield make(start), make(start + 1), ..., made ahead by a thread while the consumer works.
+
+    An exception in `make` is raised here; closing the generator ends the thread.
+    """
+    made: queue.Queue = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item) -> None:
+        while not closed.is_set():
+            try:
+                return made.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        step = start
+        try:
+            while not closed.is_set():
+                put((make(step), None))
+                step += 1
+        except BaseException as error:
+            put((None, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        closed.set()
+        thread.join()

@@ -1,0 +1,131 @@
+"""Text to token ids and back, by tiktoken: bytes, characters, a BPE trained on the corpus, or GPT-2's."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+from nanopre import UserError
+
+SPECIAL_TOKENS = ["<|endoftext|>", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *(f"<extra_id_{i}>" for i in range(100))]
+"""In every vocabulary, after the ordinary tokens, so that one corpus serves every objective."""
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# GPT-4's way to cut text into words, with numbers in pieces of at most two digits, which suits a small vocabulary.
+BPE_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+CHARACTER_PATTERN = r"(?s:.)"
+
+
+class Tokenizer:
+    """A tiktoken encoding: ordinary tokens with ids 0 .. n-1, followed by SPECIAL_TOKENS. Make one with `build`."""
+
+    def __init__(self, encoding: tiktoken.Encoding):
+        self.encoding = encoding
+        self.n_vocab = encoding.n_vocab
+        self.eot, self.pad, self.cls, self.sep, self.mask = map(encoding.encode_single_token, SPECIAL_TOKENS[:5])
+        self.sentinels = np.arange(self.mask + 1, self.n_vocab)
+        self.bytes_per_token = np.zeros(self.n_vocab, dtype=np.int64)  # special tokens stand for no bytes of the text
+        for token, i in self._ranks.items():
+            self.bytes_per_token[i] = len(token)
+        # Of a character vocabulary each token is one character, and there is no way to spell another one.
+        self._alphabet = {token.decode() for token in self._ranks} if encoding.name == "chars" else None
+
+    @classmethod
+    def build(cls, name: str, pattern: str, ranks: dict[bytes, int]) -> Tokenizer:
+        """`name` "chars" marks a vocabulary of characters; `pattern` cuts text into the pieces that tokens stay within."""
+        specials = {special: len(ranks) + i for i, special in enumerate(SPECIAL_TOKENS)}
+        return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials))
+
+    @property
+    def _ranks(self) -> dict[bytes, int]:
+        return self.encoding._mergeable_ranks
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids (uint32). Text that looks like a special token is plain text. Raises UserError for a character that a
+        character vocabulary does not have."""
+        if self._alphabet and (unknown := set(text) - self._alphabet):
+            c = min(unknown)
+            raise UserError(f"the character {c!r} (U+{ord(c):04X}) is not among the vocabulary's {len(self._ranks)}.")
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.token_bytes(ids).decode(errors="replace")
+
+    def token_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.encoding.decode_bytes([int(i) for i in ids])
+
+    @property
+    def fingerprint(self) -> str:
+        """The start of a sha256 over all that decides the ids."""
+        return hashlib.sha256(json.dumps(self._table()).encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Write one JSON file: the pattern, the tokens in base64 in the order of their ids."""
+        Path(path).write_text(json.dumps(self._table(), indent=0), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        try:
+            table = json.loads(Path(path).read_text(encoding="utf-8"))
+            ranks = {base64.b64decode(token): i for i, token in enumerate(table["tokens"])}
+            return cls.build(table["name"], table["pattern"], ranks)
+        except OSError as error:
+            raise UserError(f"{path}: can't be read ({error.strerror}).") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a tokenizer that nanopre saved ({error}).") from None
+
+    def _table(self) -> dict:
+        tokens = [base64.b64encode(token).decode() for token in sorted(self._ranks, key=self._ranks.get)]
+        return {"name": self.encoding.name, "pattern": self.encoding._pat_str, "tokens": tokens}
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """Each byte of the UTF-8 text is a token."""
+    return Tokenizer.build("bytes", CHARACTER_PATTERN, {bytes([i]): i for i in range(256)})
+
+
+def characters_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Each character of the texts is a token."""
+    alphabet = sorted(set().union(*texts))
+    return Tokenizer.build("chars", CHARACTER_PATTERN, {c.encode(): i for i, c in enumerate(alphabet)})
+
+
+def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE trained on the texts; `vocab_size` counts the special tokens too. Fewer tokens come out where
+    the texts have too few different words."""
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=BPE_PATTERN)
+    return Tokenizer.build("bpe", BPE_PATTERN, {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
+
+
+def gpt2_tokenizer(path: str = "") -> Tokenizer:
+    """GPT-2's 50,256 tokens, from a file of its ranks (base64 token and rank a line), or by tiktoken from the network."""
+    if not path:
+        try:
+            encoding = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever the network's libraries raise
+            raise UserError(
+                f"tokenizer: GPT-2's tokens can't be downloaded ({type(error).__name__}); "
+                "set tokenizer.path to a gpt2.tiktoken file."
+            ) from None
+        return Tokenizer.build("gpt2", GPT2_PATTERN, encoding._mergeable_ranks)
+    try:
+        lines = Path(path).read_bytes().splitlines()
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in (line.split() for line in lines)}
+    except OSError as error:
+        raise UserError(f"tokenizer.path: {path} can't be read ({error.strerror}).") from None
+    except (ValueError, binascii.Error):
+        raise UserError(f"tokenizer.path: {path} is not a file of ranks (base64 token and rank a line).") from None
+    if len(ranks) != 50_256:
+        raise UserError(f"tokenizer.path: {path} has {len(ranks):,} tokens, GPT-2 has 50,256.")
+    return Tokenizer.build("gpt2", GPT2_PATTERN, ranks)

@@ -1,0 +1,502 @@
+"""Import and export against transformers itself, and a real model."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from test_model import gpt2, llama, qwen3, redraw
+
+from nanopre import UserError, checkpoint, config as configs, hf
+from nanopre.generate import generate
+from nanopre.hf_tokenizer import merges_of, read_tokenizer, write_tokenizer
+from nanopre.tokenizer import (
+    SPECIAL_TOKENS,
+    Tokenizer,
+    bpe_tokenizer,
+    bytes_tokenizer,
+    characters_tokenizer,
+    gpt2_tokenizer,
+)
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+TEXT = "It's the cat's house; the cat sees 12345 birds, naïve ones.\n\n\tdef house(cat):\n    return cat + 3\n" * 20
+# What splits one way or another: spaces, contractions, digits, letters that fold to ASCII, marks, several bytes.
+CHARACTERS = "  \n\r\t'sStTdDmMlLvVeErR019aZ_-.,!\x1c\x85\xa0\u2028\u3000\u180e\u200bſéÉßẞ①½漢字が😀\u0301İK"
+TEXTS = st.lists(
+    st.one_of(st.sampled_from(CHARACTERS), st.characters(exclude_categories=["Cs", "Cn"])), max_size=30
+).map("".join)
+
+
+def make_run(folder: Path, tokenizer: Tokenizer, model: dict, seq_len: int = 32) -> torch.nn.Module:
+    """A run with one checkpoint of random weights, as train.py would leave it."""
+    table = {"name": folder.name, "out_dir": str(folder.parent), "model": model, "train": {"seq_len": seq_len}}
+    config, _ = configs.from_dict(table, "test")
+    made = redraw(config.model.build(vocab_size=-(-tokenizer.n_vocab // 64) * 64, seq_len=seq_len)).eval()
+    checkpoint.create_run(folder, config, tokenizer)
+    checkpoint.save(folder, 7, made, [], {})
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+TINY = dict(d_model=24, n_layers=2, n_heads=4, d_ff=37)
+MODELS = {
+    "gpt2": dict(name="gpt2", **TINY),
+    "gpt2, untied, no biases": dict(name="gpt2", **TINY, bias=False, tie_embeddings=False, norm_eps=1e-3),
+    "llama": dict(name="llama", **TINY, n_kv_heads=2, rope_theta=777.0),
+    "llama, tied": dict(name="llama", **TINY, tie_embeddings=True, norm_eps=1e-3),
+    "qk_norm": dict(name="llama", **TINY, n_kv_heads=1, qk_norm=True),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_export_gives_transformers_the_same_model_and_comes_back_the_same(name, tmp_path):
+    tokenizer = bytes_tokenizer()
+    ours = make_run(tmp_path / "run", tokenizer, MODELS[name])
+    hf.export_model(tmp_path / "run", tmp_path / "hf")
+
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = torch.arange(2 * 31).view(2, 31)
+    with torch.no_grad():
+        expected = ours(tokens)
+        assert (theirs.eval()(tokens).logits - expected).abs().max() < 1e-4
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tokenizer.eot
+    assert theirs.generation_config.suppress_tokens == list(range(tokenizer.n_vocab, 384))
+
+    hf.import_model(tmp_path / "hf", tmp_path / "again")
+    again = checkpoint.open_run(tmp_path / "again")
+    assert again.info["step"] == 0 and again.config.train.seq_len == 32
+    with torch.no_grad():
+        assert torch.equal(again.model(tokens), expected)
+    assert again.tokenizer.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+    assert (again.tokenizer.eot, again.tokenizer.mask, again.tokenizer.n_vocab) == (
+        tokenizer.eot,
+        tokenizer.mask,
+        tokenizer.n_vocab,
+    )
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer_json() -> str:
+    """Of a vocabulary whose ordinary tokens and end of text fit the oracles' 300 rows, and no other special token."""
+    return json.dumps(write_tokenizer(bytes_tokenizer(), 257))
+
+
+def save(model, folder: Path, tokenizer_json: str, **options) -> Path:
+    redraw(model).save_pretrained(folder, **options)
+    (folder / "tokenizer.json").write_text(tokenizer_json)
+    return folder
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, qwen3])
+@pytest.mark.parametrize("file", ["whole", "shards", "bin"])
+def test_a_folder_of_transformers_is_imported_exactly(make, file, tmp_path, byte_tokenizer_json):
+    theirs = make(vocab_size=300).eval()
+    source = save(theirs, tmp_path / "hf", byte_tokenizer_json, max_shard_size="10KB" if file == "shards" else "1GB")
+    if file == "bin":
+        (source / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), source / "pytorch_model.bin")
+    assert len(list(source.glob("*.safetensors"))) == {"whole": 1, "bin": 0}.get(file, len(list(source.glob("model-*"))))
+
+    path = hf.import_model(source, tmp_path / "runs" / "new")
+    opened = checkpoint.open_run(path)
+    assert opened.config.model.vocab_size == opened.model.config.vocab_size == 300
+    assert opened.config.train.seq_len == 300
+    tokens = torch.arange(45).view(1, 45)
+    with torch.no_grad():
+        assert (opened.model(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    hf.export_model(tmp_path / "runs" / "new", tmp_path / "back")
+    # Special tokens that the embedding has no rows for are left out.
+    specials = transformers.AutoTokenizer.from_pretrained(tmp_path / "back").get_added_vocab()
+    assert specials == {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS[:44])}
+    with torch.no_grad():
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+        assert (back(tokens).logits - theirs(tokens).logits).abs().max() < 1e-4
+
+
+def test_older_files_of_gpt2_are_read(tmp_path, byte_tokenizer_json):
+    """Without the prefix of the names, with the buffers of the causal mask, with keys left out: the first checkpoints."""
+    theirs = gpt2(vocab_size=300).eval()
+    source = save(theirs, tmp_path / "hf", byte_tokenizer_json)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in theirs.transformer.state_dict().items()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 300, 300) for i in range(2)}
+    tensors |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    safetensors.torch.save_file(tensors, source / "model.safetensors")
+    sizes = ("model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    (source / "config.json").write_text(json.dumps({key: getattr(theirs.config, key) for key in sizes}))
+    opened = checkpoint.open_run(hf.import_model(source, tmp_path / "run"))
+    tokens = torch.arange(45).view(1, 45)
+    with torch.no_grad():
+        assert (opened.model(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+def test_older_configs_of_llama_are_read():
+    """Before version 5, rope_theta stood by itself; the first files had no num_key_value_heads."""
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, vocab_size=53)
+    config = {"model_type": "llama", "max_position_embeddings": 64, "rope_theta": 500_000.0, "rope_scaling": None, **sizes}
+    options, seq_len = hf.read_options(hf.LLAMA, config, "config.json")
+    assert (options["rope_theta"], options["n_kv_heads"], options["tie_embeddings"], seq_len) == (5e5, 0, False, 64)
+    assert options["norm_eps"] == transformers.LlamaConfig().rms_norm_eps
+
+
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+REFUSED = {
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+    "attention_bias": True,
+    "mlp_bias": True,
+    "hidden_act": "gelu",
+    "head_dim": 12,
+    "rope_parameters": {"rope_type": "yarn", "factor": 2.0},
+    "partial_rotary_factor": 0.5,
+    "quantization_config": {"bits": 4},
+    "model_type": "lama",
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_nanopre_does_not_compute_is_refused_by_its_key(key, tmp_path, byte_tokenizer_json):
+    source = save(llama(vocab_size=300), tmp_path / "hf", byte_tokenizer_json)
+    edit(source / "config.json", **{key: REFUSED[key]})
+    with pytest.raises(UserError) as error:
+        hf.import_model(source, tmp_path / "run")
+    assert str(error.value).startswith(f"{source}/config.json: {key}") and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def drop(source: Path, *names: str, add: dict | None = None) -> None:
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in names} | (add or {})
+    safetensors.torch.save_file(tensors, source / "model.safetensors")
+
+
+DAMAGE = {
+    r"hf: there are no weights for blocks.1.mlp.up.weight": lambda s: drop(s, "model.layers.1.mlp.up_proj.weight"),
+    r"hf: the tensor model.extra.weight has no place": lambda s: drop(s, add={"model.extra.weight": torch.ones(2)}),
+    r"hf: there are weights for blocks.1.attn.k.weight, which config.json's sizes leave out": lambda s: edit(
+        s / "config.json", num_hidden_layers=1
+    ),
+    r"blocks.0.mlp.down.weight have the shape \(24, 37\)": lambda s: edit(s / "config.json", intermediate_size=36),
+    r"lm_head.weight is not the token embedding": lambda s: edit(s / "config.json", tie_word_embeddings=True),
+    r"config.json: hidden_size is missing": lambda s: edit(s / "config.json", hidden_size=None),
+    r"config.json: model: n_kv_heads = 3 does not divide": lambda s: edit(s / "config.json", num_key_value_heads=3),
+    r"config.json: can't be read as JSON": lambda s: (s / "config.json").write_text("{"),
+    r"config.json: can't be read as JSON \(No such file": lambda s: (s / "config.json").unlink(),
+    r"hf: has neither model.safetensors nor": lambda s: (s / "model.safetensors").unlink(),
+    r"model.safetensors: not a whole file": lambda s: (s / "model.safetensors").write_bytes(b"\x20" * 100),
+    r"absent.safetensors: missing, though model.safetensors.index.json names it": lambda s: (
+        s / "model.safetensors.index.json"
+    ).write_text(json.dumps({"weight_map": {"lm_head.weight": "absent.safetensors"}})),
+    r"its ids go up to 256, beyond the vocab_size of 200": lambda s: edit(s / "config.json", vocab_size=200),
+    r"tokenizer.json: can't be read as JSON": lambda s: (s / "tokenizer.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_folder_gives_one_clear_sentence(message, tmp_path, byte_tokenizer_json):
+    source = save(llama(vocab_size=300), tmp_path / "hf", byte_tokenizer_json)
+    DAMAGE[message](source)
+    with pytest.raises(UserError, match=message) as error:
+        hf.import_model(source, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, byte_tokenizer_json):
+    source = save(llama(vocab_size=300), tmp_path / "hf", byte_tokenizer_json)
+    (source / "model.safetensors").unlink()
+    torch.save({"x": Path("a")}, source / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin: not a whole file of weights"):
+        hf.import_model(source, tmp_path / "run")
+
+
+def test_a_model_without_a_counterpart_is_not_exported(tmp_path):
+    config = dict(positions="learned", norm="layernorm", norm_eps=1e-5, activation="gelu", bias=True)
+    shape = dict(vocab_size=53, seq_len=9, d_model=24, n_layers=1, n_heads=4, n_kv_heads=4, d_ff=37)
+    with pytest.raises(UserError, match="run: no model of transformers"):
+        hf.family_for(hf.ModelConfig(**config, **shape, tie_embeddings=True), "run")
+
+
+def test_the_command_line_imports_exports_and_reports_errors_in_one_line(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "nanopre.hf", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+
+    make_run(tmp_path / "run", bytes_tokenizer(), MODELS["llama"])
+    assert run("export", tmp_path / "run", tmp_path / "hf").returncode == 0
+    result = run("import", tmp_path / "hf", tmp_path / "again", "--tokenizer", tmp_path / "run" / "tokenizer.json")
+    assert result.returncode == 0 and "sample.py" in result.stdout
+    result = run("export", tmp_path / "again", tmp_path / "hf")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"nanopre.hf: {tmp_path}/hf: is there already; choose a new folder.\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def vocabulary(kind: str) -> Tokenizer:
+    if kind == "gpt2":
+        ranks = SHARED / "tokenizers" / "gpt2.tiktoken"
+        if not ranks.exists():
+            pytest.skip(f"{ranks} is not there")
+        return gpt2_tokenizer(str(ranks))
+    return {"bytes": bytes_tokenizer, "bpe": lambda: bpe_tokenizer([TEXT], 450), "chars": lambda: characters_tokenizer([TEXT])}[
+        kind
+    ]()
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe", "chars", "gpt2"])
+def exported(request, tmp_path_factory):
+    """(kind, our tokenizer, what AutoTokenizer makes of its export)."""
+    ours, folder = vocabulary(request.param), tmp_path_factory.mktemp("hf")
+    make_run(folder / "run", ours, dict(name="llama", d_model=4, n_layers=1, n_heads=1, d_ff=4))
+    hf.export_model(folder / "run", folder / "hf")
+    return request.param, ours, transformers.AutoTokenizer.from_pretrained(folder / "hf")
+
+
+@given(text=TEXTS)
+@settings(max_examples=300, deadline=None)
+def test_an_exported_tokenizer_gives_the_same_ids_and_text(exported, text):
+    kind, ours, theirs = exported
+    if kind == "chars":  # a character that the corpus has not is refused by ours and dropped by theirs
+        text = "".join(TEXT[ord(c) % len(TEXT)] for c in text)
+    ids = ours.encode(text).tolist()
+    assert theirs(text)["input_ids"] == ids
+    assert theirs.decode(ids) == ours.decode(ids) == text
+
+
+def test_an_exported_tokenizer_has_the_special_tokens(exported):
+    _, ours, theirs = exported
+    assert len(theirs) == ours.n_vocab and theirs.model_max_length == 32
+    for role in ("pad", "cls", "sep", "mask"):
+        assert getattr(theirs, f"{role}_token_id") == getattr(ours, role)
+    assert theirs.bos_token_id == theirs.eos_token_id == ours.eot
+    assert theirs.convert_tokens_to_ids("<extra_id_99>") == ours.n_vocab - 1
+    assert theirs("cat<|endoftext|>")["input_ids"][-1] == ours.eot
+    assert theirs.decode([ours.eot, ours.mask], skip_special_tokens=True) == ""
+
+
+def test_an_exported_tokenizer_comes_back(exported):
+    _, ours, theirs = exported
+    again = read_tokenizer(json.loads(theirs.backend_tokenizer.to_str()), None, "tokenizer.json")
+    assert again.encode(TEXT).tolist() == ours.encode(TEXT).tolist()
+    assert again.encoding._mergeable_ranks == ours.encoding._mergeable_ranks
+    assert again.encoding._special_tokens == ours.encoding._special_tokens
+
+
+def trained(pre_tokenizer, special: str) -> tokenizers.Tokenizer:
+    """A byte-level BPE tokenizer that the tokenizers library has trained, with the end of text after the other ids."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([TEXT], trainer)
+    made.add_special_tokens([special, "<|other|>"])
+    return made
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+FOREIGN = {
+    "gpt2": lambda: trained(tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), "<|endoftext|>"),
+    "llama3": lambda: trained(
+        tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated"),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+        "<|end_of_text|>",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FOREIGN)
+def imported(request):
+    theirs = FOREIGN[request.param]()
+    eos = theirs.token_to_id("<|end_of_text|>")  # None where the end of text has our name
+    return theirs, read_tokenizer(json.loads(theirs.to_str()), eos, "tokenizer.json")
+
+
+@given(text=TEXTS)
+@settings(max_examples=200, deadline=None)
+def test_an_imported_tokenizer_keeps_its_ids(imported, text):
+    theirs, ours = imported
+    ids = theirs.encode(text).ids
+    assert ours.encode(text).tolist() == ids
+    assert ours.decode(ids) == text
+
+
+def test_an_imported_tokenizer_ends_a_text_as_its_model_does(imported):
+    theirs, ours = imported
+    assert ours.eot == theirs.get_vocab_size() - 2 and ours.n_vocab == theirs.get_vocab_size() - 2 + 105
+
+
+def test_gpt2s_merges_come_back_from_its_ranks():
+    ranks = vocabulary("gpt2").encoding._mergeable_ranks
+    assert [ranks[a + b] for a, b in merges_of(ranks)] == list(range(256, 50_256))
+
+
+def edited(**changes) -> dict:
+    """A tokenizer.json of a small BPE, with some keys of it or of its model changed."""
+    data = write_tokenizer(bpe_tokenizer([TEXT], 380), 300)
+    data["model"] |= changes.pop("model", {})
+    return data | changes
+
+
+def renumbered(move) -> dict:
+    data = edited()
+    return edited(model={"vocab": {token: move(i) for token, i in data["model"]["vocab"].items()}}, added_tokens=[])
+
+
+PREFIX_SPACE = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
+UNREADABLE = [
+    ("not byte-level BPE", lambda: edited(model={"type": "Unigram"})),
+    ("not byte-level BPE", lambda: edited(model={"byte_fallback": True})),
+    ("normalizer Lowercase is not supported", lambda: edited(normalizer={"type": "Lowercase"})),
+    ("pre_tokenizer is not supported", lambda: edited(pre_tokenizer={"type": "Whitespace"})),
+    ("pre_tokenizer is not supported", lambda: edited(pre_tokenizer=PREFIX_SPACE)),
+    ("a token has '▁', which stands for no byte", lambda: edited(model={"vocab": {"▁the": 0}})),
+    ("ordinary tokens do not come first", lambda: renumbered(lambda i: i + 1)),
+    ("the end of text \\(id 9\\)", lambda: edited(added_tokens=[{"id": 9, "content": "<|endoftext|>"}])),
+    ("not every byte is a token", lambda: edited(model={"vocab": {"a": 0, "b": 1, "ab": 2}}, added_tokens=[])),
+    ("the merges do not come in the order", lambda: edited(model={"merges": edited()["model"]["merges"][::-1]})),
+    ("the merges do not come in the order", lambda: edited(model={"merges": edited()["model"]["merges"][1:]})),
+]
+
+
+@pytest.mark.parametrize("message, make", UNREADABLE)
+def test_a_tokenizer_that_can_not_be_kept_is_refused(message, make):
+    with pytest.raises(UserError, match="tokenizer.json: .*" + message) as error:
+        read_tokenizer(make(), None, "tokenizer.json")
+    assert "--tokenizer" in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real model: stories260K of karpathy/llama2.c, trained on TinyStories
+
+
+def read_llama2c(file: Path) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    """(sizes, tensors) of llama2.c's first format: 7 int32, then float32 tensors in this order (its export.py)."""
+    data = file.read_bytes()
+    names = ("d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len")
+    sizes = dict(zip(names, struct.unpack("7i", data[:28]), strict=True))
+    C, F_, L, V = (sizes[name] for name in ("d_model", "d_ff", "n_layers", "vocab_size"))
+    kv = C // sizes["n_heads"] * sizes["n_kv_heads"]
+    shapes = {
+        "embed_tokens": (V, C), "input_layernorm": (L, C), "q_proj": (L, C, C), "k_proj": (L, kv, C),
+        "v_proj": (L, kv, C), "o_proj": (L, C, C), "post_attention_layernorm": (L, C), "gate_proj": (L, F_, C),
+        "down_proj": (L, C, F_), "up_proj": (L, F_, C), "norm": (C,),
+    }  # fmt: skip
+    flat, start, tensors = torch.from_numpy(np.frombuffer(data, np.float32, offset=28).copy()), 0, {}
+    for name, shape in shapes.items():
+        tensors[name] = flat[start : (start := start + int(np.prod(shape)))].view(shape)
+    assert start + sizes["seq_len"] * (C // sizes["n_heads"]) == len(flat)  # the tables of the rotary positions are left
+    return sizes, tensors
+
+
+def rotate_half(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Rows of a projection from pairs (2i, 2i + 1) of each head to pairs (i, i + D/2)."""
+    return weight.view(n_heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """(run, transformers' model, tokens as bytes) of the model by way of a Hugging Face folder."""
+    models = SHARED / "models"
+    if not (models / "stories260K.bin").exists():
+        pytest.skip(f"{models}/stories260K.bin is not there")
+    sizes, tensors = read_llama2c(models / "stories260K.bin")
+    weights = {f"model.{name}.weight": tensors.pop(name) for name in ("embed_tokens", "norm")}
+    for i in range(sizes["n_layers"]):
+        for name, tensor in tensors.items():
+            part = {"v": "self_attn.", "o": "self_attn.", "q": "self_attn.", "k": "self_attn."}.get(name[0], "mlp.")
+            heads = {"q_proj": sizes["n_heads"], "k_proj": sizes["n_kv_heads"]}.get(name)
+            weight = rotate_half(tensor[i], heads) if heads else tensor[i].clone()
+            weights[f"model.layers.{i}.{'' if 'norm' in name else part}{name}.weight"] = weight
+    folder = tmp_path_factory.mktemp("stories")
+    (folder / "hf").mkdir()
+    safetensors.torch.save_file(weights, folder / "hf" / "model.safetensors")
+    hf_config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": sizes["d_model"],
+        "intermediate_size": sizes["d_ff"],
+        "num_hidden_layers": sizes["n_layers"],
+        "num_attention_heads": sizes["n_heads"],
+        "num_key_value_heads": sizes["n_kv_heads"],
+        "vocab_size": sizes["vocab_size"],
+        "max_position_embeddings": sizes["seq_len"],
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": True,
+    }
+    (folder / "hf" / "config.json").write_text(json.dumps(hf_config))
+
+    data, start, tokens = (models / "tok512.bin").read_bytes(), 4, []
+    while start < len(data):
+        _, length = struct.unpack_from("fi", data, start)
+        tokens.append(data[start + 8 : start + 8 + length])
+        start += 8 + length
+    # Its tokenizer is SentencePiece's. The ids are made below, and a vocabulary of bytes stands in for it in the run.
+    bytes_tokenizer().save(folder / "tokenizer.json")
+    hf.import_model(folder / "hf", folder / "run", folder / "tokenizer.json")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
+    return checkpoint.open_run(folder / "run"), theirs, tokens
+
+
+def encode(text: str, tokens: list[bytes]) -> list[int]:
+    """SentencePiece's BPE for ASCII text: <s>, then a space and the text; the first token of the list merges first."""
+    rank = {token: i for i, token in enumerate(tokens) if i > 258}  # 0 to 258: special tokens and single bytes
+    ids = [rank[character.encode()] for character in " " + text]
+    while pairs := [
+        (rank[tokens[a] + tokens[b]], i)
+        for i, (a, b) in enumerate(zip(ids, ids[1:], strict=False))
+        if tokens[a] + tokens[b] in rank
+    ]:
+        token, i = min(pairs)
+        ids[i : i + 2] = [token]
+    return [1, *ids]
+
+
+def test_a_real_model_continues_a_story(stories):
+    run, theirs, tokens = stories
+    prompt = encode("Once upon a time", tokens)
+    made = list(generate(run.model, prompt, 60, temperature=0))
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=None)
+    assert prompt + made == expected[0].tolist()
+    story = b"".join(tokens[i] for i in made).decode()
+    assert story.startswith(", there was a little girl named Lily. She loved to play outside in the park. One day, she saw")
+
+
+def test_a_real_model_finds_a_story_likely_and_noise_unlikely(stories):
+    run, theirs, tokens = stories
+
+    def loss(text: str) -> float:
+        ids = torch.tensor(encode(text, tokens))
+        with torch.no_grad():
+            logits = run.model(ids[None])[0]
+            assert (logits - theirs(ids[None]).logits[0]).abs().max() < 1e-4
+        return F.cross_entropy(logits[:-1], ids[1:]).item()  # nats a token; log(512) = 6.24 is chance
+
+    assert loss("Tom and his mom went to the park. They saw a big dog. Tom was happy and wanted to play with the dog.") < 2.0
+    assert loss("Of gross derivatives, QX7 collapsed; thermodynamics (1894) spurned Zeno's axioms.") > 4.0
