@@ -30,6 +30,9 @@ from nanopre import UserError, config as configs, distributed
 from nanopre.plugins import Registry
 from nanopre.tokenizer import Tokenizer
 
+# DCP warns when it runs in a single process, which here is meant.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)  # keys by parameter name: no layout shows in them
 
 
@@ -63,9 +66,10 @@ def save(run_dir: Path, step: int, model: nn.Module, optimizers: Sequence, info:
         temporary.mkdir(parents=True)
     _barrier()
     weights, states = get_state_dict(model, list(optimizers), options=OPTIONS)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: it is meant to be
+    try:
         dcp.save({"model": weights, "optimizer": states}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+    except dist.checkpoint.api.CheckpointException as error:
+        raise UserError(f"{temporary}: can't be written ({_reason(error)}).") from error
     _barrier()
     if first:
         checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
@@ -100,6 +104,11 @@ def _checksum(file: Path) -> dict[str, int]:
         while piece := stream.read(2**24):
             crc = zlib.crc32(piece, crc)
     return {"bytes": file.stat().st_size, "crc32": crc}
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what DCP says, which is the error of a rank under its traceback."""
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def _barrier() -> None:
@@ -204,8 +213,7 @@ def load(checkpoint: Path, model: nn.Module, optimizers: Sequence = ()) -> dict:
     try:
         dcp.load(wanted, storage_reader=_Reader(checkpoint), no_dist=not dist.is_initialized())
     except (RuntimeError, ValueError, dist.checkpoint.api.CheckpointException) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{checkpoint}: does not fit the configured model or optimizer ({lines[-1].strip()})") from None
+        raise UserError(f"{checkpoint}: does not fit the configured model or optimizer ({_reason(error)}).") from None
     set_state_dict(
         model, list(optimizers), model_state_dict=weights, optim_state_dict=states if optimizers else {}, options=OPTIONS
     )

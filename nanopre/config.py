@@ -56,7 +56,7 @@ class Tokenizer:
 
     def __post_init__(self):
         if self.name == "bpe":
-            at_least(self, vocab_size=362)
+            at_least(self, vocab_size=361)
 
 
 @dataclass
@@ -274,7 +274,7 @@ class _Builder:
         return {**table, first: value}
 
     def _drop_foreign(self, registry: Registry, kind: str, section: str, table: dict[str, Any], in_file: str) -> dict:
-        """The table without the file's options that only the plugin that the file chose has, not the one of the flag."""
+        """The table without the options of the plugin in the file that the plugin of the flag does not have."""
         old = registry.get(kind, str(in_file), f"{self.where}: {section}.name")
         new = registry.get(kind, str(table["name"]), f"--{section}.name")
         foreign = {f.name for f in dataclasses.fields(old)} - {f.name for f in dataclasses.fields(new)}

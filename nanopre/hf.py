@@ -345,7 +345,7 @@ def import_model(source: str | Path, run_dir: str | Path, tokenizer_file: str | 
         "name": run_dir.name,
         "out_dir": str(run_dir.parent),
         "model": {"name": family.model, **options},
-        "tokenizer": {"vocab_size": tokenizer.n_vocab},
+        "tokenizer": {"name": "bpe", "vocab_size": max(361, tokenizer.n_vocab)},  # the run's tokenizer.json is what counts
         "train": {"seq_len": seq_len},
     }
     config, registry = configs.from_dict(table, where)

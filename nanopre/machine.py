@@ -56,7 +56,7 @@ def choose_device(name: str) -> torch.device:
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, AttributeError) as error:  # the last: a build without CUDA
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f'train.device = "{name}": no such device here ({reason}); try "auto" or "cpu".') from None
     return device

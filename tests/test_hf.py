@@ -193,7 +193,7 @@ DAMAGE = {
     r"hf: there are weights for blocks.1.attn.k.weight, which config.json's sizes leave out": lambda s: edit(
         s / "config.json", num_hidden_layers=1
     ),
-    r"blocks.0.mlp.down.weight have the shape \(24, 37\)": lambda s: edit(s / "config.json", intermediate_size=36),
+    r"blocks.0.mlp.up.weight have the shape \(37, 24\)": lambda s: edit(s / "config.json", intermediate_size=36),
     r"lm_head.weight is not the token embedding": lambda s: edit(s / "config.json", tie_word_embeddings=True),
     r"config.json: hidden_size is missing": lambda s: edit(s / "config.json", hidden_size=None),
     r"config.json: model: n_kv_heads = 3 does not divide": lambda s: edit(s / "config.json", num_key_value_heads=3),

@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-import sample
 import torch
-import train
 from conftest import ENVIRONMENT, ROOT
 
+import sample
+import train
 from nanopre import UserError, checkpoint
 from nanopre.generate import generate
 

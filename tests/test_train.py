@@ -12,18 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import train
 from conftest import ENVIRONMENT, ROOT, read_log, run_script
 
+import train
 from nanopre import UserError, checkpoint, corpus as corpora, distributed
 
+# A signal between two steps ends the run after the second of them.
 STOP_AT_5 = """
 import os, signal
 from nanopre import hookimpl
 
 @hookimpl
 def nanopre_step_end(run, step):
-    if step == 5:
+    if step == 4:
         os.kill(os.getpid(), signal.SIGTERM)
 """
 
@@ -70,7 +71,7 @@ def run(tiny: list[str], name: str, *overrides: str, tmp_path: Path) -> Path:
 
 
 def test_a_run_learns_logs_and_leaves_a_whole_folder(tiny, tmp_path, capsys):
-    folder = run(tiny, "a", "--train.steps=60", "--train.samples=1", "--checkpoint.interval=10", tmp_path=tmp_path)
+    folder = run(tiny, "a", "--train.steps=60", "--train.samples=1", "--train.eval_interval=30", "--checkpoint.interval=10", tmp_path=tmp_path)
     steps, evaluations = read_log(folder)
     assert [line["step"] for line in steps] == list(range(1, 61))
     assert {"loss", "bits_per_byte", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds", "skipped", "epoch"} <= set(
@@ -157,7 +158,7 @@ def test_a_fixed_part_of_the_validation_split(tiny, tmp_path):
     ]
     (a, b), whole = (read_log(part)[1] for part in parts), read_log(run(tiny, "all", tmp_path=tmp_path))[1]
     assert a[0]["val_loss"] == pytest.approx(b[0]["val_loss"], rel=1e-5)
-    assert a[0]["val_loss"] != pytest.approx(whole[0]["val_loss"], rel=1e-3)
+    assert a[0]["val_loss"] != pytest.approx(whole[0]["val_loss"], rel=1e-5)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tiny, tmp_path):
@@ -231,7 +232,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint_in_force(tiny, tmp_path,
     folder = run(tiny, "a", tmp_path=tmp_path)
     opened = checkpoint.open_run(folder)
     monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="step_00000099.tmp: can't be written .OSError: No space left on device"):
         checkpoint.save(folder, 99, opened.model, [], {})
     monkeypatch.undo()
     assert checkpoint.open_run(folder).checkpoint.name == "step_00000012"
@@ -274,7 +275,7 @@ def test_an_error_on_many_ranks_is_said_once(tiny):
     result = run_script("train.py", *tiny, "--train.batch_size=9", processes=2)
     assert result.returncode != 0
     assert result.stderr.count("train.batch_size = 9 is not divisible by 2 processes; take 8 or 10.") == 1
-    assert "File \"" not in result.stderr.split("torch.distributed.elastic")[0]
+    assert "train.py\", line" not in result.stderr  # torchrun's own traceback says that a process failed
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])

@@ -1,7 +1,5 @@
 """Data parallelism: every rank holds the whole model and a part of the batch; gradients are summed over the ranks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch.distributed as dist
