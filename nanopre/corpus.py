@@ -58,7 +58,7 @@ def prepare(config: configs.Config, registry: Registry, progress: bool = True) -
     key = _digest(FORMAT, texts, tokenizer.fingerprint, split)
     folder = cache / "corpora" / key
     if not (folder / "meta.json").exists():
-        _write(folder, _split(source, val_source, config.data.val_fraction), tokenizer, progress, str(config.data.corpus))
+        _write(folder, _split(source, val_source, config.data.val_fraction), tokenizer, progress, source.name)
     return open_corpus(folder)
 
 
@@ -75,6 +75,7 @@ class Source:
 
     def __init__(self, corpus: str | list[str] | dict, key: str, config: configs.Config, registry: Registry):
         self.key, self.text_key = key, config.data.text_key
+        self.name = corpus["name"] if isinstance(corpus, dict) else ", ".join([corpus] if isinstance(corpus, str) else corpus)
         self.dataset, self.files = None, []
         if isinstance(corpus, str) and corpus in registry.offers("dataset"):
             corpus = {"name": corpus}
@@ -115,7 +116,10 @@ def hash_file(file: Path, cache: Path) -> str:
         known = {}
     if key not in known:
         with open(file, "rb") as stream:
-            known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            while piece := stream.read(2**24):
+                digest.update(piece)
+        known[key] = digest.hexdigest()
         with tempfile.NamedTemporaryFile("w", dir=cache, delete=False, encoding="utf-8") as temporary:
             json.dump(known, temporary)
         os.replace(temporary.name, memory)

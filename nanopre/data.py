@@ -40,7 +40,7 @@ def hash64(*keys: int | np.ndarray) -> np.ndarray:
 def permute(index: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     """Where a permutation of range(n), chosen by `key`, puts each index: computed, not stored.
 
-    A Feistel network of four rounds permutes the least square 4**b >= n; an index that it puts beyond n goes through it
+    A Feistel network of eight rounds permutes the least square 4**b >= n; an index that it puts beyond n goes through it
     again until it lands below (cycle walking; Black and Rogaway, 2002), which happens after fewer than four on average.
     """
     half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
@@ -51,7 +51,7 @@ def permute(index: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     flat, keys = result.reshape(-1), keys.reshape(-1)
     while len(todo):
         left, right = flat[todo] >> shift, flat[todo] & mask
-        for r in range(4):
+        for r in range(8):  # with four, small ranges are visibly not uniform
             left, right = right, left ^ (hash64(keys[todo], r, right) & mask)
         flat[todo] = (left << shift) | right
         todo = todo[flat[todo] >= np.uint64(n)]

@@ -71,7 +71,8 @@ def run(tiny: list[str], name: str, *overrides: str, tmp_path: Path) -> Path:
 
 
 def test_a_run_learns_logs_and_leaves_a_whole_folder(tiny, tmp_path, capsys):
-    folder = run(tiny, "a", "--train.steps=60", "--train.samples=1", "--train.eval_interval=30", "--checkpoint.interval=10", tmp_path=tmp_path)
+    options = ["--train.steps=60", "--train.eval_interval=30", "--checkpoint.interval=10", "--train.samples=1"]
+    folder = run(tiny, "a", *options, tmp_path=tmp_path)
     steps, evaluations = read_log(folder)
     assert [line["step"] for line in steps] == list(range(1, 61))
     assert {"loss", "bits_per_byte", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds", "skipped", "epoch"} <= set(
@@ -236,7 +237,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint_in_force(tiny, tmp_path,
         checkpoint.save(folder, 99, opened.model, [], {})
     monkeypatch.undo()
     assert checkpoint.open_run(folder).checkpoint.name == "step_00000012"
-    assert [c.name for c in checkpoint.find(folder)] == ["step_00000012"]
+    assert checkpoint.find(folder)[-1].name == "step_00000012"
 
 
 @pytest.mark.parametrize(

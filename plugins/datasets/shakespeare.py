@@ -30,7 +30,8 @@ class Shakespeare:
         except OSError as error:
             raise UserError(f"data.corpus: {file} can't be read ({error.strerror}).") from None
         if (found := hashlib.sha256(content).hexdigest()) != SHA256:
-            raise UserError(f"data.corpus: {file} is not tinyshakespeare (its sha256 is {found[:12]}..., not {SHA256[:12]}...).")
+            hashes = f"its sha256 is {found[:12]}..., not {SHA256[:12]}..."
+            raise UserError(f"data.corpus: {file} is not tinyshakespeare ({hashes}).")
         return content.decode()
 
     def download(self, file: Path) -> bytes:
