@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -31,6 +33,8 @@ class Machine:
 def choose(config: Train) -> Machine:
     """Fill in what the config leaves to the machine. Raises UserError for a device that is not there."""
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     fast = has_fast_bfloat16(device)
     bfloat16 = fast if config.precision == "auto" else config.precision == "bfloat16"
     # On a CPU compiling takes 5 to 70 s and gives 1.0 to 1.2 times the speed (benchmarks/README.md): a choice there.
@@ -60,6 +64,15 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f'train.device = "{name}": no such device here ({reason}); try "auto" or "cpu".') from None
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next step. Left alone it gives large blocks back to the system at once,
+    and every step pays for fresh pages: 1.2 to 1.4 times the step time of a small model (benchmarks/README.md)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(m_mmap_threshold, 2**25)  # the most that it takes
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nanopre import hookimpl
+from nanopre.machine import has_fast_bfloat16
 from nanopre.optim import split_parameters
 
 
@@ -70,7 +71,7 @@ class MuonOptimizer(torch.optim.Optimizer):
 def orthogonalise(g: Tensor) -> Tensor:
     """A batch (n, rows, columns) of matrices U S V^T to about U V^T: five steps of the quintic Newton-Schulz iteration
     with the coefficients of Jordan et al. (2024), which bring every singular value to between 0.7 and 1.2."""
-    x = g.bfloat16() if g.is_cuda else g.float()
+    x = g.bfloat16() if has_fast_bfloat16(g.device) else g.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
