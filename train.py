@@ -80,6 +80,8 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         start_step, best_val_loss = 0, math.inf
         progress = {"tokens": 0, "seconds": 0.0, "skipped": 0}
         if resume_from:
+            if "imported_from" in checkpoint.verify(resume_from):
+                raise UserError(f"{run_dir}: an imported model has no training to go on with; sample.py can use it.")
             info = checkpoint.load(resume_from, model, optimizers)
             start_step, best_val_loss, progress = info["step"], info["best_val_loss"] or math.inf, info["progress"]
             if info["corpus"] != corpus.fingerprint:

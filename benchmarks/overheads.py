@@ -33,7 +33,7 @@ def main() -> None:
         began = time.perf_counter()
         subprocess.run([sys.executable, ROOT / "train.py", "--print-config"], check=True, stdout=subprocess.DEVNULL)
         seconds.append(time.perf_counter() - began)
-    print(f"train.py --print-config: {statistics.median(seconds):.2f} s (median of 5; {min(seconds):.2f} to {max(seconds):.2f})")
+    print(f"train.py --print-config: {statistics.median(seconds):.2f} s (of 5; {min(seconds):.2f} to {max(seconds):.2f})")
 
     # As many observers as a run with four loggers has.
     _, registry = configs.load(ROOT / "configs" / "shakespeare-char.toml")

@@ -203,7 +203,7 @@ MISTAKES = [
         [],
         "x.toml: data.corpus.pth: unknown key; did you mean data.corpus.path?",
     ),
-    ("[tokenizer]\nvocab_size = 361", [], "x.toml: tokenizer: vocab_size = 361 must be at least 362."),
+    ("[tokenizer]\nvocab_size = 360", [], "x.toml: tokenizer: vocab_size = 360 must be at least 361."),
     ("[model]\nn_heads = 5", [], "x.toml: model: n_heads = 5 does not divide d_model = 64."),
     ("name = 'a/b'", [], 'x.toml: name = "a/b" must be the name of a folder.'),
     ("name = '..'", [], 'x.toml: name = ".." must be the name of a folder.'),

@@ -125,10 +125,11 @@ def test_muons_update_is_close_to_the_nearest_orthogonal_matrix(plugins):
     g = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
     for x in (g, g.mT):
         u, _, v = torch.linalg.svd(x, full_matrices=False)
-        singular = torch.linalg.svdvals(orthogonalise(x))
+        update = orthogonalise(x).float()  # bfloat16 where that is fast
+        singular = torch.linalg.svdvals(update)
         assert (singular > 0.6).all() and (singular < 1.3).all()
         # The same directions as U V^T, singular value by singular value.
-        assert torch.linalg.matrix_norm(orthogonalise(x) - u @ v).max() < 0.3 * 20**0.5
+        assert torch.linalg.matrix_norm(update - u @ v).max() < 0.3 * 20**0.5
 
 
 def test_clipping_scales_the_whole_gradient_and_reports_its_norm(model):
