@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
         if arguments.config:
             raise UserError("--resume takes the config that was saved with the run; leave out the config file.")
         run_dir, resume_from = checkpoint.locate(arguments.resume)
+        if "imported_from" in checkpoint.read_info(resume_from):
+            raise UserError(f"{run_dir}: an imported model has no training to go on with; sample.py can use it.")
         config_file = run_dir / "config.toml"
     config, plugins = configs.load(config_file, overrides)
     if arguments.list_plugins:
@@ -80,8 +82,6 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         start_step, best_val_loss = 0, math.inf
         progress = {"tokens": 0, "seconds": 0.0, "skipped": 0}
         if resume_from:
-            if "imported_from" in checkpoint.verify(resume_from):
-                raise UserError(f"{run_dir}: an imported model has no training to go on with; sample.py can use it.")
             info = checkpoint.load(resume_from, model, optimizers)
             start_step, best_val_loss, progress = info["step"], info["best_val_loss"] or math.inf, info["progress"]
             if info["corpus"] != corpus.fingerprint:

@@ -53,6 +53,34 @@ def free_name(out_dir: Path, name: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Whole files: a corpus on disk is proved by the same two functions
+
+
+def checksums(folder: Path) -> dict[str, dict[str, int]]:
+    """The size in bytes and CRC-32 of each file in the folder, by name."""
+    return {file.name: _checksum(file) for file in sorted(folder.iterdir())}
+
+
+def damage(folder: Path, expected: dict[str, dict[str, int]]) -> str | None:
+    """The first file of `expected`, which `checksums` made, that is not whole and unchanged, and what is wrong with it."""
+    for name, written in expected.items():
+        if not (folder / name).is_file():
+            return f"{folder / name}: missing"
+        if (found := _checksum(folder / name)) != written:
+            sizes = f"{found['bytes']:,} bytes, {written['bytes']:,} were written"
+            return f"{folder / name}: damaged ({sizes}, the checksum differs)"
+    return None
+
+
+def _checksum(file: Path) -> dict[str, int]:
+    crc = 0
+    with open(file, "rb") as stream:
+        while piece := stream.read(2**24):
+            crc = zlib.crc32(piece, crc)
+    return {"bytes": file.stat().st_size, "crc32": crc}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Save
 
 
@@ -72,8 +100,7 @@ def save(run_dir: Path, step: int, model: nn.Module, optimizers: Sequence, info:
         raise UserError(f"{temporary}: can't be written ({_reason(error)}).") from error
     _barrier()
     if first:
-        checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
-        text = json.dumps({"step": step, **info, "files": checksums}, indent=1)
+        text = json.dumps({"step": step, **info, "files": checksums(temporary)}, indent=1)
         (temporary / "info.json").write_text(text, encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)  # of an earlier run from the same checkpoint
         temporary.rename(final)
@@ -95,15 +122,6 @@ def prune(run_dir: Path, keep_last: int) -> None:
     for checkpoint in find(run_dir)[:-keep_last]:
         if checkpoint not in keep:
             shutil.rmtree(checkpoint)
-
-
-def _checksum(file: Path) -> dict[str, int]:
-    """Size in bytes and CRC-32, read in pieces of 16 MiB."""
-    crc = 0
-    with open(file, "rb") as stream:
-        while piece := stream.read(2**24):
-            crc = zlib.crc32(piece, crc)
-    return {"bytes": file.stat().st_size, "crc32": crc}
 
 
 def _reason(error: Exception) -> str:
@@ -155,29 +173,34 @@ def _runs_beside(run_dir: Path) -> str:
     return f"there are {', '.join(beside[:8])}." if beside else f"there is no run in {run_dir.parent}/."
 
 
+def read_info(checkpoint: Path) -> dict:
+    """What is saved beside the weights: step, config, versions, checksums. Raises UserError."""
+    try:
+        return json.loads((checkpoint / "info.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _refusal(checkpoint, f"{checkpoint / 'info.json'}: missing or damaged ({error})") from None
+
+
 def verify(checkpoint: Path) -> dict:
     """The checkpoint's info, after every file proved to be there, whole and unchanged.
 
     Raises UserError that names the damaged file and the newest other checkpoint of the run that is whole.
     """
+    info = read_info(checkpoint)
     try:
-        problem, info = None, json.loads((checkpoint / "info.json").read_text(encoding="utf-8"))
-        for name, expected in info["files"].items():
-            if not (checkpoint / name).is_file():
-                problem = f"{checkpoint / name}: missing"
-            elif (found := _checksum(checkpoint / name)) != expected:
-                sizes = f"{found['bytes']:,} bytes, {expected['bytes']:,} were written"
-                problem = f"{checkpoint / name}: damaged ({sizes}, the checksum differs)"
-            if problem:
-                break
-    except (OSError, ValueError, KeyError) as error:
-        problem = f"{checkpoint / 'info.json'}: missing or damaged ({error})"
-    if problem is None:
-        return info
+        problem = damage(checkpoint, info["files"])
+    except (OSError, KeyError, TypeError) as error:
+        problem = f"{checkpoint / 'info.json'}: damaged ({error})"
+    if problem:
+        raise _refusal(checkpoint, problem)
+    return info
+
+
+def _refusal(checkpoint: Path, problem: str) -> UserError:
     for other in reversed(find(checkpoint.parent.parent)):
         if other.name < checkpoint.name:
-            raise UserError(f"{problem}; the checkpoint before it can be used instead: {other}")
-    raise UserError(f"{problem}; the run has no earlier checkpoint.")
+            return UserError(f"{problem}; the checkpoint before it can be used instead: {other}")
+    return UserError(f"{problem}; the run has no earlier checkpoint.")
 
 
 class _Reader(dcp.FileSystemReader):

@@ -32,11 +32,12 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from nanopre import UserError, config as configs, tokenizer as tokenizers
+from nanopre.checkpoint import checksums, damage
 from nanopre.data import Corpus, Split, hash64
 from nanopre.plugins import Registry, nearest
 from nanopre.tokenizer import Tokenizer
 
-FORMAT = 1  # of the files on disk
+FORMAT = 2  # of the files on disk
 DOCUMENT_BYTES = 2**16  # a longer text file is cut into documents of about this size
 BATCH_BYTES = 2**20  # of text that a thread tokenises at a time
 TRAINING_BYTES = 2**28  # of text from the start of the corpus that a BPE is trained on
@@ -312,7 +313,7 @@ def _write(folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokeni
                 _append(writers, running.popleft().result())
         tokenizer.save(temporary / "tokenizer.json")
         meta = {"format": FORMAT, "splits": {part: writer.close() for part, writer in writers.items()}}
-        meta["files"] = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
+        meta["files"] = checksums(temporary)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if progress:
             n = {part: writer.n_tokens for part, writer in writers.items()}
@@ -391,10 +392,8 @@ def open_corpus(folder: Path) -> Corpus:
     """Memory-map a tokenised corpus, after every file proved to be whole. Raises UserError that names a damaged one."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        for name, expected in meta["files"].items():
-            if not (folder / name).exists() or _checksum(folder / name) != expected:
-                state = "damaged" if (folder / name).exists() else "missing"
-                raise UserError(f"{folder / name}: {state}; delete the folder {folder} and the corpus is tokenised anew.")
+        if problem := damage(folder, meta["files"]):
+            raise UserError(f"{problem}; delete the folder {folder} and the corpus is tokenised anew.")
         splits = {part: _open_split(folder, part, values) for part, values in meta["splits"].items()}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder / 'meta.json'}: damaged ({error}); delete the folder and it is made anew.") from None
@@ -408,12 +407,3 @@ def _open_split(folder: Path, part: str, values: dict[str, Any]) -> Split:
 
     tokens, documents = open_array("tokens", values["dtype"]), open_array("documents", "int64")
     return Split(tokens, documents, open_array("sentences", "int64"), values["n_bytes"])
-
-
-def _checksum(file: Path) -> list[int]:
-    """[size in bytes, CRC-32], read in pieces of 16 MiB."""
-    crc = 0
-    with open(file, "rb") as stream:
-        while piece := stream.read(2**24):
-            crc = zlib.crc32(piece, crc)
-    return [file.stat().st_size, crc]

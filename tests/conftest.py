@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # real text and models, which no clone brings along: what needs them is skipped
 sys.path.insert(0, str(ROOT))  # train.py and sample.py are scripts at the top, not modules of the package
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

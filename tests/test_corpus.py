@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, SHARED
 from hypothesis import given, settings, strategies as st
 
 from nanopre import UserError, config as configs, corpus as corpora
 from nanopre.corpus import _read_text, _split, sentence_starts
 from nanopre.tokenizer import bytes_tokenizer
 
-SHAKESPEARE = Path(__file__).parents[1].parent / "shared" / "data" / "text" / "tinyshakespeare.txt"
+SHAKESPEARE = SHARED / "text" / "tinyshakespeare.txt"
 TEXTS = [f"Document {i}. It has {i} words.\n\nAnd a line é more" for i in range(40)]
 
 

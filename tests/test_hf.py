@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from conftest import SHARED, run_script
 from hypothesis import given, settings, strategies as st
 from test_model import gpt2, llama, qwen3, redraw
 
@@ -31,7 +32,6 @@ from nanopre.tokenizer import (
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 TEXT = "It's the cat's house; the cat sees 12345 birds, naïve ones.\n\n\tdef house(cat):\n    return cat + 3\n" * 20
 # What splits one way or another: spaces, contractions, digits, letters that fold to ASCII, marks, several bytes.
 CHARACTERS = "  \n\r\t'sStTdDmMlLvVeErR019aZ_-.,!\x1c\x85\xa0\u2028\u3000\u180e\u200bſéÉßẞ①½漢字が😀\u0301İK"
@@ -127,6 +127,18 @@ def test_a_folder_of_transformers_is_imported_exactly(make, file, tmp_path, byte
     with torch.no_grad():
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
         assert (back(tokens).logits - theirs(tokens).logits).abs().max() < 1e-4
+
+
+def test_an_imported_run_is_not_resumed(tmp_path, byte_tokenizer_json):
+    run = tmp_path / "runs" / "new"
+    hf.import_model(save(llama(vocab_size=361), tmp_path / "hf", byte_tokenizer_json), run)
+    before = sorted(run.rglob("*"))
+    result = run_script("train.py", "--resume", run)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == (
+        f"train.py: {run}: an imported model has no training to go on with; sample.py can use it.\n"
+    )
+    assert sorted(run.rglob("*")) == before
 
 
 def test_older_files_of_gpt2_are_read(tmp_path, byte_tokenizer_json):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tiktoken
+from conftest import SHARED
 from hypothesis import given, settings, strategies as st
 
 from nanopre import UserError
@@ -20,7 +19,7 @@ from nanopre.tokenizer import (
     gpt2_tokenizer,
 )
 
-GPT2_RANKS = Path(__file__).parents[1].parent / "shared" / "data" / "tokenizers" / "gpt2.tiktoken"
+GPT2_RANKS = SHARED / "tokenizers" / "gpt2.tiktoken"
 TEXTS = ["def f(x):\n    return x + 1\n" * 20, "for i in range(1000):\n    print(f(i), 'naïve café')\n" * 20]
 
 

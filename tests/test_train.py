@@ -222,7 +222,7 @@ def test_a_checkpoint_with_foreign_pickles_runs_nothing(tiny, tmp_path):
 
     (newest / ".metadata").write_bytes(pickle.dumps(Evil()))
     info = json.loads((newest / "info.json").read_text())
-    info["files"][".metadata"] = checkpoint._checksum(newest / ".metadata")
+    info["files"][".metadata"] = checkpoint.checksums(newest)[".metadata"]
     (newest / "info.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="mkdir"):
         checkpoint.open_run(folder)
