@@ -394,16 +394,17 @@ def open_corpus(folder: Path) -> Corpus:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if problem := damage(folder, meta["files"]):
             raise UserError(f"{problem}; delete the folder {folder} and the corpus is tokenised anew.")
-        splits = {part: _open_split(folder, part, values) for part, values in meta["splits"].items()}
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        splits = {part: _open_split(folder, part, values, tokenizer) for part, values in meta["splits"].items()}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder / 'meta.json'}: damaged ({error}); delete the folder and it is made anew.") from None
-    return Corpus(splits["train"], splits["val"], Tokenizer.load(folder / "tokenizer.json"), folder.name, folder)
+    return Corpus(splits["train"], splits["val"], folder.name, folder)
 
 
-def _open_split(folder: Path, part: str, values: dict[str, Any]) -> Split:
+def _open_split(folder: Path, part: str, values: dict[str, Any], tokenizer: Tokenizer) -> Split:
     def open_array(name: str, dtype: str) -> np.ndarray:
         file = folder / f"{part}.{name}.bin"
         return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype=dtype)
 
     tokens, documents = open_array("tokens", values["dtype"]), open_array("documents", "int64")
-    return Split(tokens, documents, open_array("sentences", "int64"), values["n_bytes"])
+    return Split(tokens, documents, open_array("sentences", "int64"), values["n_bytes"], tokenizer)

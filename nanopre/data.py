@@ -37,6 +37,26 @@ def hash64(*keys: int | np.ndarray) -> np.ndarray:
     return state
 
 
+def row_keys(seed: int | None, rows: np.ndarray, stream: int) -> np.ndarray:
+    """A key (uint64) for each row, from which an objective draws what it does to the row; `stream` tells one of its kinds
+    of draws from another. Rows are numbered through all epochs, so that each epoch draws anew. With seed None,
+    evaluation, the draws are always the same."""
+    return hash64(0, stream, rows) if seed is None else hash64(1, seed, stream, rows)
+
+
+def random32(keys: np.ndarray, n: int) -> np.ndarray:
+    """(len(keys), n) random uint32, row i from keys[i]: the sequence of splitmix64, two numbers a word. Several times
+    faster than a hash64 of each position, and batches are made of these."""
+    x = np.arange(1, (n + 1) // 2 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + keys[:, None]
+    t = x >> np.uint64(30)
+    for shift, factor in ((27, 0xBF58476D1CE4E5B9), (31, 0x94D049BB133111EB)):
+        x ^= t
+        x *= np.uint64(factor)
+        np.right_shift(x, np.uint64(shift), out=t)
+    x ^= t
+    return x.astype("<u8", copy=False).view(np.uint32)[:, :n]
+
+
 def permute(index: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     """Where a permutation of range(n), chosen by `key`, puts each index: computed, not stored.
 
@@ -70,6 +90,7 @@ class Split:
     documents: np.ndarray  # int64, where each document starts, and n_tokens
     sentences: np.ndarray  # int64, likewise; a document's start is a sentence's
     n_bytes: int  # of text, in UTF-8
+    tokenizer: Tokenizer  # that made the tokens
 
     @property
     def n_tokens(self) -> int:
@@ -88,9 +109,12 @@ class Corpus:
 
     train: Split
     val: Split  # may be empty
-    tokenizer: Tokenizer
     fingerprint: str  # of the texts, the tokenizer and the split
     dir: Path
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.train.tokenizer
 
 
 def window_starts(split: Split, rows: np.ndarray, length: int, seed: int) -> np.ndarray:

@@ -162,8 +162,17 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def build_model(config: Config, tokenizer) -> nn.Module:
-    """The configured model with its first weights, on the CPU. The vocabulary is padded to a multiple of 64, which
-    matrix units like; no target ever names the rows that this adds."""
+    """The configured model, as the objective needs it, with its first weights, on the CPU. The vocabulary is padded to a
+    multiple of 64, which matrix units like; no target ever names the rows that this adds. Raises UserError where the
+    objective is not for this architecture."""
     model = config.model.build(vocab_size=-(-tokenizer.n_vocab // 64) * 64, seq_len=config.train.seq_len)
+    fitting = getattr(config.objective, "architectures", None)
+    if fitting and model.config.architecture not in fitting:
+        raise UserError(
+            f"objective.name = {config.objective._plugin_name} is for an {' or '.join(fitting)}; "
+            f"model.name = {config.model._plugin_name} is an {model.config.architecture}."
+        )
+    if hasattr(config.objective, "adapt"):
+        model = config.objective.adapt(model)
     initialise(model, config.seed)
     return model

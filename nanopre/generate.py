@@ -17,6 +17,7 @@ class LayerCache:
         shape = (1, config.n_kv_heads, config.seq_len, config.head_dim)
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.length = 0
+        self.source: tuple[Tensor, Tensor] | None = None  # keys and values of an encoder's output
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append (1, H_kv, T, D) and return all, (1, H_kv, length, D)."""
@@ -27,19 +28,22 @@ class LayerCache:
 
 
 class KeyValueCache:
-    """The layers' caches by the names of the blocks."""
+    """The decoder's layers' caches by the names of the blocks."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
-        self.layers = {str(i): LayerCache(config, dtype, device) for i in range(config.n_layers)}
+        n = config.n_layers
+        names = range(n) if config.architecture == "decoder" else range(n, n + config.n_decoder_layers)
+        self.layers = {str(i): LayerCache(config, dtype, device) for i in names}
 
-    def __getitem__(self, name: str) -> LayerCache:
-        return self.layers[name]
+    def __getitem__(self, name: str) -> LayerCache | None:
+        """None for a block of an encoder, which has no use for one."""
+        return self.layers.get(name)
 
     @property
     def length(self) -> int:
         """Positions held, which is the position of the next token. The first block has extended its own cache already
         when the second runs; `embed` asks before all of them, and a block asks its own layer."""
-        return self.layers["0"].length
+        return next(iter(self.layers.values())).length
 
 
 @torch.inference_mode()
@@ -54,8 +58,13 @@ def generate(
     n_vocab: int | None = None,
     stop: int | None = None,
     use_cache: bool = True,
+    source: list[int] | None = None,
+    bidirectional_prompt: bool = False,
 ) -> Iterator[int]:
     """Yield up to `max_tokens` tokens after `prompt` (at least one token), as they are made.
+
+    source: what an encoder-decoder reads; `prompt` is then how its decoder starts.
+    bidirectional_prompt: the prompt's tokens see each other, as in a decoder that was trained by prefix LM.
 
     temperature 0 is greedy; top_k keeps the k likeliest tokens (0: all), then top_p the fewest that hold this much
     probability. Ids from `n_vocab` on, the padding of the vocabulary, are never chosen; `stop` ends the sequence and is
@@ -67,6 +76,8 @@ def generate(
     device, seq_len = parameter.device, model.config.seq_len
     context = list(prompt[-seq_len:])
     cache, unseen = None, context  # what the cache, if any, does not hold yet
+    visible = torch.tensor([len(context)], device=device) if bidirectional_prompt else None
+    encoder_tokens = None if source is None else torch.tensor([source], device=device)
     for _ in range(max_tokens):
         if len(context) == seq_len + 1:
             context = context[-(seq_len // 2 + 1) :]
@@ -74,8 +85,12 @@ def generate(
         if use_cache and cache is None:
             cache = KeyValueCache(model.config, parameter.dtype, device)
         tokens = torch.tensor([unseen if use_cache else context], device=device)
-        logits = model(tokens, cache=cache)[0, -1, :n_vocab].float()
-        token = choose(logits, temperature, top_k, top_p, generator)
+        if encoder_tokens is None:
+            logits = model(tokens, cache=cache, visible=visible)
+        else:  # the cache keeps what the decoder needs of the encoder
+            again = cache is None or cache.length == 0
+            logits = model(encoder_tokens if again else None, decoder_tokens=tokens, cache=cache)
+        token = choose(logits[0, -1, :n_vocab].float(), temperature, top_k, top_p, generator)
         if token == stop:
             return
         yield token

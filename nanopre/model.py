@@ -1,4 +1,4 @@
-"""One Transformer for every architecture: settings choose the norm, the positions, the attention and the MLP.
+"""The Transformer in its three architectures: decoder (GPT-2, LLaMA), encoder (BERT), encoder-decoder (T5).
 
 The model comes apart in three places, `embed`, `blocks` and `head`, so that a strategy can split it from outside; nothing
 in this file knows of devices or ranks. Shapes: B rows (sequences), T positions, C = d_model, H heads of width D, V vocabulary.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,33 +17,53 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
-"""In an array of targets: this position has no target."""
+from nanopre.loss import LinearCrossEntropy
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
+}
+GATED = ("swiglu", "geglu", "geglu_tanh")  # down(activation(gate(h)) * up(h)) (Shazeer, 2020)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The settings of a Transformer. GPT-2 and LLaMA are two choices of them (plugins/models/)."""
+    """The settings of a Transformer. GPT-2, LLaMA, BERT and T5 are four choices of them (plugins/models/)."""
 
     vocab_size: int
     seq_len: int  # longest sequence, in tokens
     d_model: int
-    n_layers: int
+    n_layers: int  # of an encoder-decoder: of the encoder
     n_heads: int
     n_kv_heads: int  # heads of the keys and values; n_heads / n_kv_heads queries share each (Ainslie et al., 2023)
     d_ff: int  # inner width of the MLP
-    positions: Literal["learned", "rope"]
+    positions: Literal["learned", "rope", "relative"]
     norm: Literal["layernorm", "rmsnorm"]
     norm_eps: float
-    activation: Literal["gelu", "gelu_tanh", "swiglu"]
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh"]
     bias: bool  # in the linear layers and LayerNorms
     tie_embeddings: bool  # the output projection is the token embedding
+    architecture: Literal["decoder", "encoder", "encoder-decoder"] = "decoder"
+    n_decoder_layers: int = 0  # of an encoder-decoder
+    d_head: int = 0  # width of a head; 0: d_model / n_heads
+    post_norm: bool = False  # norms follow the residual sums (Vaswani et al., 2017); else they come before the layers
+    embedding_norm: bool = False  # a norm after the sum of embeddings
+    n_segments: int = 0  # kinds of segments, each with an embedding that is added to its tokens'
+    transform: bool = False  # a dense layer, GELU and norm before the output projection, which then has a bias
+    scale_attention: bool = True  # scores by 1 / sqrt(D)
+    scale_logits: bool = False  # by 1 / sqrt(C)
+    relative_buckets: int = 32
+    relative_distance: int = 128  # beyond which all distances share a bucket
     qk_norm: bool = False  # RMSNorm of each head's queries and keys (Henry et al., 2020)
     rope_theta: float = 10_000.0
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.d_model % self.n_heads:
+        if not self.d_head and self.d_model % self.n_heads:
             raise ValueError(f"n_heads = {self.n_heads} does not divide d_model = {self.d_model}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads = {self.n_kv_heads} does not divide n_heads = {self.n_heads}")
@@ -51,7 +72,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.d_head or self.d_model // self.n_heads
 
 
 class RMSNorm(nn.RMSNorm):
@@ -91,221 +112,366 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Causal attention of T queries (B, H, T, D) to S >= T keys and values (B, H_kv, S, D): the last T of the S positions
-    are the queries' own. Returns (B, H, T, D)."""
+class RelativeBias(nn.Module):
+    """A number for each head and distance between query and key, which is added to the score. Near distances have one
+    each, far ones share logarithmic buckets (Raffel et al., 2020, section 2.1)."""
+
+    def __init__(self, config: ModelConfig, bidirectional: bool):
+        super().__init__()
+        self.bidirectional, self.distance = bidirectional, config.relative_distance
+        self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.n_heads))
+
+    def bucket(self, offset: Tensor) -> Tensor:
+        """The bucket of each key's position less the query's."""
+        n = self.weight.shape[0]
+        first = torch.zeros_like(offset)
+        if self.bidirectional:  # half of the buckets for keys behind the query
+            n //= 2
+            first = (offset > 0) * n
+            distance = offset.abs()
+        else:
+            distance = (-offset).clamp(min=0)
+        near = n // 2
+        far = (distance.clamp(min=1) / near).log() / math.log(self.distance / near) * (n - near)
+        return first + torch.where(distance < near, distance, (near + far.long()).clamp(max=n - 1))
+
+    def forward(self, T: int, S: int) -> Tensor:
+        """(H, T, S): the queries are the last T of S positions. Only 2S - 1 offsets differ, and each row of a head's
+        matrix is a window on them, one further left than the row before."""
+        offsets = self.bucket(torch.arange(1 - S, S, device=self.weight.device))
+        return self.weight[offsets].T.unfold(1, S, 1)[:, :T].flip(1)
+
+
+def hidden_keys(
+    first: int, T: int, S: int, causal: bool, visible: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which of S keys each of the queries at positions first .. first + T - 1 must not see: (T, S), (B, 1, 1, S) or
+    (B, 1, T, S), None where it sees all. See `attend`."""
+    hidden = torch.ones(T, S, dtype=torch.bool, device=device).triu(first + 1) if causal else None
+    if visible is not None:
+        beyond = (torch.arange(S, device=device) >= visible[:, None])[:, None, None, :]
+        hidden = beyond if hidden is None else hidden & beyond
+    return hidden
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    visible: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of T queries (B, H, T, D) to S keys and values (B, H_kv, S, D). Returns (B, H, T, D).
+
+    causal: the queries are the last T of the S positions, and none sees a key behind its own.
+    visible (B,), at least 1: of the first so many keys of its row every query sees each, behind it or not; a query that is
+        not causal sees no others.
+    bias (H, T, S) is added to the scores; scale: what the products are multiplied by, 1 / sqrt(D) if None.
+    """
     (B, H, T, D), (H_kv, S) = q.shape, k.shape[1:3]
+    scale = D**-0.5 if scale is None else scale
     if q.device.type != "cpu" or not q.requires_grad:
-        mask = None if T == S or T == 1 else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        plain = visible is None and bias is None
+        mask = None
+        if not (plain and (not causal or T == S or T == 1)):
+            hidden = hidden_keys(S - T, T, S, causal, visible, q.device)
+            mask = None if hidden is None else ~hidden
+            if bias is not None:
+                mask = bias.to(q.dtype) if hidden is None else bias.to(q.dtype).masked_fill(hidden, float("-inf"))
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S and T > 1, enable_gqa=H != H_kv
-        )
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=H != H_kv,
+            is_causal=plain and causal and T == S and T > 1,
+        )  # fmt: skip
     # On a CPU the backward pass of scaled_dot_product_attention is the slowest part of a small model's step. Plain
     # products are faster, over 128 queries at a time so that half of the scores that causality hides are never made.
-    q = (q * D**-0.5).reshape(B, H_kv, H // H_kv, T, D)
+    q = (q * scale).reshape(B, H_kv, H // H_kv, T, D)
     k, v = k.unsqueeze(2), v.unsqueeze(2)  # (B, H_kv, 1, S, D), for every query head of the group
     parts = []
     for start in range(0, T, 128):
         end = min(start + 128, T)
-        seen = S - T + end
+        seen = S - T + end if causal and visible is None else S
         scores = q[..., start:end, :] @ k[..., :seen, :].transpose(-2, -1)  # (B, H_kv, H / H_kv, <=128, seen)
-        hidden = torch.ones(end - start, seen, dtype=torch.bool, device=q.device).triu(S - T + start + 1)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        if bias is not None:
+            scores = scores + bias[:, start:end, :seen].unflatten(0, (H_kv, -1))
+        hidden = hidden_keys(S - T + start, end - start, seen, causal, visible, q.device)
+        if hidden is not None:
+            scores = scores.masked_fill(hidden if visible is None else hidden.unsqueeze(1), float("-inf"))
+        weights = scores.softmax(dim=-1)
         parts.append(F.dropout(weights, dropout).to(v.dtype) @ v[..., :seen, :])
     return torch.cat(parts, dim=-2).reshape(B, H, T, D)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with separate query, key, value and output projections, each of which splits by heads."""
+    """Attention with separate query, key, value and output projections, each of which splits by heads: of a stream to
+    itself ("causal" or "bidirectional") or to an encoder's output ("cross")."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, kind: Literal["causal", "bidirectional", "cross"]):
         super().__init__()
-        self.head_dim, self.dropout = config.head_dim, config.dropout
-        kv_width = config.n_kv_heads * config.head_dim
-        self.q = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.kind, self.head_dim, self.dropout = kind, config.head_dim, config.dropout
+        self.scale = None if config.scale_attention else 1.0
+        width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q = nn.Linear(config.d_model, width, bias=config.bias)
         self.k = nn.Linear(config.d_model, kv_width, bias=config.bias)
         self.v = nn.Linear(config.d_model, kv_width, bias=config.bias)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.out = nn.Linear(width, config.d_model, bias=config.bias)
         self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        rope = rotary_table(config.seq_len, config.head_dim, config.rope_theta) if config.positions == "rope" else None
+        has_rope = config.positions == "rope" and kind != "cross"
+        rope = rotary_table(config.seq_len, config.head_dim, config.rope_theta) if has_rope else None
         self.register_buffer("rope", rope, persistent=False)
 
-    def forward(self, h: Tensor, cache=None) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        source: Tensor | None = None,
+        visible: Tensor | None = None,
+        bias: Tensor | None = None,
+        cache=None,
+    ) -> Tensor:
+        """h (B, T, C) attends to itself and, with a cache, to earlier positions; "cross" to `source` (B, S, C), which
+        may be left out once the cache holds its keys and values."""
         B, T, _ = h.shape
         h = cast_for_products(h)
-        # The number of heads is left to view(): where a strategy has split the projections, fewer are here.
-        q = self.q_norm(self.q(h).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k(h).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H_kv, T, D)
-        v = self.v(h).view(B, T, -1, self.head_dim).transpose(1, 2)
-        if self.rope is not None:
-            start = 0 if cache is None else cache.length
-            table = self.rope[:, start : start + T]
-            q, k = rotate(q, table), rotate(k, table)
-        if cache is not None:
-            k, v = cache.extend(k, v)  # (B, H_kv, S, D)
-        a = attend(q, k, v, self.dropout if self.training else 0.0)
+        q = self.q_norm(self.split(self.q(h)))  # (B, H, T, D)
+        if self.kind == "cross":
+            k, v = self.keys_values(source) if source is not None else cache.source
+            if cache is not None:
+                cache.source = k, v
+        else:
+            k, v = self.keys_values(h)
+            if self.rope is not None:
+                start = 0 if cache is None else cache.length
+                table = self.rope[:, start : start + T]
+                q, k = rotate(q, table), rotate(k, table)
+            if cache is not None:
+                k, v = cache.extend(k, v)  # (B, H_kv, S, D)
+        a = attend(q, k, v, self.kind == "causal", visible, bias, self.scale, self.dropout if self.training else 0.0)
         return self.out(a.transpose(1, 2).reshape(B, T, -1))
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        source = cast_for_products(source)
+        return self.k_norm(self.split(self.k(source))), self.split(self.v(source))  # (B, H_kv, S, D) each
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, T, heads * D) to (B, heads, T, D). The number of heads is left to view(): where a strategy has split the
+        projections, fewer are here."""
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# MLP and block
+# MLP and blocks
 
 
 class MLP(nn.Module):
-    """GPT-2's down(gelu(up(h))), or the gated down(silu(gate(h)) * up(h)) of Shazeer (2020)."""
+    """down(activation(up(h))), or down(activation(gate(h)) * up(h))."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if config.activation == "swiglu" else None
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if config.activation in GATED else None
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, h: Tensor) -> Tensor:
         h = cast_for_products(h)
         if self.gate is None:
-            return self.down(F.gelu(self.up(h), approximate=self.approximate))
-        return self.down(F.silu(self.gate(h)) * self.up(h))
+            return self.down(self.activation(self.up(h)))
+        return self.down(self.activation(self.gate(h)) * self.up(h))
 
 
 class Block(nn.Module):
-    """Pre-norm residual block. Takes the stream (B, T, C), gives back the stream as a tuple: what flows from block to
-    block is a tuple of tensors, and a block ignores the tensors of the batch that it does not need."""
+    """A residual block of attention and MLP, of a decoder ("causal") or an encoder ("bidirectional").
 
-    def __init__(self, config: ModelConfig):
+    What flows from block to block is a tuple of tensors: (h,), or (h, decoder's stream) through the encoder of an
+    encoder-decoder. A block ignores the tensors of the batch that it does not need.
+    """
+
+    def __init__(self, config: ModelConfig, kind: Literal["causal", "bidirectional"], out_norm: bool = False):
         super().__init__()
-        self.attn_norm, self.attn = make_norm(config), Attention(config)
+        self.post_norm = config.post_norm
+        self.attn_norm, self.attn = make_norm(config), Attention(config, kind)
         self.mlp_norm, self.mlp = make_norm(config), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.out_norm = make_norm(config) if out_norm else nn.Identity()  # at the end of an encoder-decoder's encoder
 
-    def forward(self, h: Tensor, cache=None, **_) -> tuple[Tensor]:
-        h = h + self.dropout(self.attn(self.attn_norm(h), cache))
-        h = h + self.dropout(self.mlp(self.mlp_norm(h)))
-        return (h,)
+    def add(self, h: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor]) -> Tensor:
+        """The residual sum of h and the layer's output."""
+        if self.post_norm:
+            return norm(h + self.dropout(layer(h)))
+        return h + self.dropout(layer(norm(h)))
+
+    def forward(self, h: Tensor, *rest: Tensor, cache=None, visible=None, bias=None, **_) -> tuple[Tensor, ...]:
+        h = self.add(h, self.attn_norm, partial(self.attn, visible=visible, bias=bias, cache=cache))
+        h = self.add(h, self.mlp_norm, self.mlp)
+        return (self.out_norm(h), *rest)
+
+
+class DecoderBlock(Block):
+    """A block of an encoder-decoder's decoder: between its own attention and MLP the stream attends to the encoder's
+    output. The state is (encoder's output, stream)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, "causal")
+        self.cross_norm, self.cross = make_norm(config), Attention(config, "cross")
+
+    def forward(self, encoded, h, cache=None, visible=None, decoder_bias=None, **_) -> tuple[Tensor, Tensor]:
+        h = self.add(h, self.attn_norm, partial(self.attn, bias=decoder_bias, cache=cache))
+        h = self.add(h, self.cross_norm, partial(self.cross, source=encoded, visible=visible, cache=cache))
+        h = self.add(h, self.mlp_norm, self.mlp)
+        return encoded, h
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two ends, and the loss
+# The two ends
 
 
 class Embedding(nn.Module):
-    """Token ids (B, T) to the stream (B, T, C)."""
+    """Token ids (B, T), and those of the decoder if there are, to their streams (B, T, C)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.positions == "learned"
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.seq_len, config.d_model) if learned else None
+        self.segments = nn.Embedding(config.n_segments, config.d_model) if config.n_segments else None
+        self.norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, tokens: Tensor, cache=None, **_) -> tuple[Tensor]:
+    def forward(self, tokens, decoder_tokens=None, segments=None, cache=None, **_) -> tuple[Tensor | None, ...]:
+        start = 0 if cache is None else cache.length
+        if decoder_tokens is None:
+            return (self.embed(tokens, start, segments),)
+        encoded = None if tokens is None else self.embed(tokens, 0, segments)
+        return encoded, self.embed(decoder_tokens, start, None)
+
+    def embed(self, tokens: Tensor, start: int, segments: Tensor | None) -> Tensor:
+        """The stream of tokens at positions start, start + 1, ...; without `segments` all are in the first."""
         h = self.tokens(tokens)
         if self.positions is not None:
-            start = 0 if cache is None else cache.length
             h = h + self.positions.weight[start : start + tokens.shape[1]]
-        return (self.dropout(h),)
+        if self.segments is not None:
+            h = h + (self.segments.weight[0] if segments is None else self.segments(segments))
+        return self.dropout(self.norm(h))
 
 
 class Head(nn.Module):
     """The last norm, then either logits or, with `loss`, what that function makes of the normed stream.
 
     An objective's `loss(head, h, batch)` calls `head.cross_entropy`, so that it decides which positions meet the
-    vocabulary, and the logits of a whole batch are never held.
+    vocabulary, and the logits of a whole batch are never held; or it reads an output that the objective has added.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.norm = make_norm(config)
-        self.proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.norm = nn.Identity() if config.post_norm else make_norm(config)
+        self.dense = nn.Linear(config.d_model, config.d_model) if config.transform else None
+        self.dense_norm = make_norm(config) if config.transform else None
+        self.proj = nn.Linear(config.d_model, config.vocab_size, bias=config.transform)
+        self.d_model = config.d_model
+        self.scale = config.d_model**-0.5 if config.scale_logits else 1.0
+        self.outputs = nn.ModuleDict()
+        self.pooler = None
 
-    def forward(self, h: Tensor, loss: Callable | None = None, **batch) -> Tensor | dict[str, Tensor]:
-        h = self.norm(h)
-        return self.proj(h) if loss is None else loss(self, h, batch)
+    def forward(self, *state: Tensor, loss: Callable | None = None, **batch) -> Tensor | dict[str, Tensor]:
+        h = self.norm(state[-1])
+        return self.proj(self.before_projection(h)) if loss is None else loss(self, h, batch)
 
-    def cross_entropy(self, h: Tensor, targets: Tensor) -> Tensor:
+    def before_projection(self, h: Tensor) -> Tensor:
+        if self.dense is not None:
+            h = self.dense_norm(F.gelu(self.dense(h)))
+        return h * self.scale if self.scale != 1.0 else h
+
+    def cross_entropy(self, h: Tensor, targets: Tensor, count_correct: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Sum over the targets of -log p(target), in nats, as a float32 scalar. h (..., C) and targets (...); a target
-        of IGNORE counts nothing."""
-        # no_grad does not reach a Function's needs_input_grad: a parameter would have an evaluation make its gradient.
-        weight = self.proj.weight if torch.is_grad_enabled() else self.proj.weight.detach()
-        return LinearCrossEntropy.apply(h.reshape(-1, h.shape[-1]), weight, targets.reshape(-1))
+        of IGNORE counts nothing. With `count_correct` also for how many targets no other token is likelier."""
+        h = self.before_projection(h.reshape(-1, h.shape[-1]))
+        parameters = (self.proj.weight, self.proj.bias)
+        if not torch.is_grad_enabled():
+            # no_grad does not reach a Function's needs_input_grad: a parameter would have an evaluation make its gradient.
+            parameters = (p if p is None else p.detach() for p in parameters)
+        total, correct = LinearCrossEntropy.apply(h, *parameters, targets.reshape(-1), count_correct)
+        return (total, correct) if count_correct else total
 
+    def add_output(self, name: str, width: int, pooled: bool = False) -> None:
+        """Add a linear map from C to `width` numbers, which `output(name, h)` computes, before the first weights are
+        drawn: of every position, or of the row's first through BERT's pooler (Devlin et al., 2019, section 3.1)."""
+        self.outputs[name] = nn.Linear(self.d_model, width)
+        if pooled and self.pooler is None:
+            self.pooler = nn.Linear(self.d_model, self.d_model)
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of h (N, C) @ weight.T (C, V) with targets (N,), in chunks of rows.
+    def drop_projection(self) -> None:
+        """For an objective that reads added outputs alone: parameters without a gradient would only be in the way."""
+        self.dense = self.dense_norm = self.proj = None
 
-    Each chunk's gradient is made while its logits are at hand, so that neither the (N, V) logits nor their gradient is
-    ever held whole, and nothing is computed twice.
-    """
-
-    LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32; large enough that the products run at full speed
-
-    @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        device = h.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-        with torch.autocast(device, enabled=False):
-            return LinearCrossEntropy._forward(ctx, h, weight, targets, dtype)
-
-    @staticmethod
-    def _forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        with_gradient = any(ctx.needs_input_grad)
-        w = weight.to(dtype)
-        h_gradient = torch.empty_like(h) if with_gradient else None
-        w_gradient = torch.zeros_like(weight) if with_gradient else None
-        total = h.new_zeros((), dtype=torch.float32)
-        rows = max(1, LinearCrossEntropy.LOGITS_PER_CHUNK // weight.shape[0])
-        for h_part, t_part, g_part in zip(
-            h.split(rows), targets.split(rows), h_gradient.split(rows) if with_gradient else h.split(rows), strict=True
-        ):
-            x = h_part.to(dtype)
-            log_p = F.log_softmax((x @ w.T).float(), dim=-1)  # (n, V)
-            total += F.nll_loss(log_p, t_part, ignore_index=IGNORE, reduction="sum")
-            if with_gradient:
-                gradient = log_p.exp_()  # d total / d logits = softmax - one_hot(target), 0 without a target
-                has_target = (t_part != IGNORE).unsqueeze(1)
-                gradient.scatter_add_(1, t_part.clamp(min=0).unsqueeze(1), -torch.ones_like(gradient[:, :1]))
-                gradient = gradient.mul_(has_target).to(dtype)
-                g_part.copy_(gradient @ w)
-                w_gradient += gradient.T @ x
-        if with_gradient:
-            ctx.save_for_backward(h_gradient, w_gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx, scale: Tensor) -> tuple[Tensor, Tensor, None]:
-        h_gradient, w_gradient = ctx.saved_tensors
-        return h_gradient * scale.to(h_gradient.dtype), w_gradient * scale.to(w_gradient.dtype), None
+    def output(self, name: str, h: Tensor, pooled: bool = False) -> Tensor:
+        """(B, T, width) of h (B, T, C), or (B, width)."""
+        return self.outputs[name](torch.tanh(self.pooler(h[:, 0])) if pooled else h).float()
 
 
 class Transformer(nn.Module):
     """`embed`, then `blocks`, then `head`. The blocks' keys "0", "1", ... keep the parameters' names when a strategy
-    leaves some of them out."""
+    leaves some of them out; those of an encoder-decoder are the encoder's, then the decoder's. `relative` holds the
+    biases that the blocks of a stack share, and goes with every part of a split model."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        n, is_encoder_decoder = config.n_layers, config.architecture == "encoder-decoder"
+        kind = "causal" if config.architecture == "decoder" else "bidirectional"
+        blocks = [Block(config, kind, out_norm=is_encoder_decoder and i == n - 1) for i in range(n)]
+        blocks += [DecoderBlock(config) for _ in range(config.n_decoder_layers)]
         self.embed = Embedding(config)
-        self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(config.n_layers)})
+        self.relative = nn.ModuleDict()
+        if config.positions == "relative":
+            self.relative["bias"] = RelativeBias(config, bidirectional=kind == "bidirectional")
+            if is_encoder_decoder:
+                self.relative["decoder_bias"] = RelativeBias(config, bidirectional=False)
+        self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(blocks)})
         self.head = Head(config)
         if config.tie_embeddings:
             self.head.proj.weight = self.embed.tokens.weight
 
-    def forward(self, tokens: Tensor, loss: Callable | None = None, cache=None, **batch) -> Tensor | dict[str, Tensor]:
-        """tokens (B, T), T <= seq_len, to logits (B, T, V); with `loss`, to that function's sums. `batch`: the batch's
-        other tensors. `cache`: keys and values of earlier positions (nanopre.generate.KeyValueCache)."""
-        state = self.embed(tokens, cache=cache, **batch)
+    def forward(
+        self, tokens: Tensor | None, loss: Callable | None = None, cache=None, decoder_tokens: Tensor | None = None, **batch
+    ) -> Tensor | dict[str, Tensor]:
+        """tokens (B, T), T <= seq_len, to logits (B, T, V); with `loss`, to that function's sums.
+
+        decoder_tokens: of an encoder-decoder, whose logits are theirs.
+        visible (B,), in `batch`: how many tokens of a row are not padding, in an encoder; in a decoder how many, from the
+            first on, see each other in both directions.
+        cache: keys and values of earlier positions (nanopre.generate.KeyValueCache). An encoder-decoder with a cache
+            that holds its encoder's needs no `tokens`.
+        """
+        state = self.embed(tokens, decoder_tokens=decoder_tokens, cache=cache, **batch)
+        streams = {"bias": tokens, "decoder_bias": decoder_tokens}
+        past = 0 if cache is None else cache.length
+        for name, bias in self.relative.items():
+            if (stream := streams[name]) is not None:
+                batch[name] = bias(stream.shape[1], past + stream.shape[1])
         for name, block in self.blocks.items():
-            state = block(*state, cache=None if cache is None else cache[name], **batch)
+            if tokens is not None or isinstance(block, DecoderBlock):
+                state = block(*state, cache=None if cache is None else cache[name], **batch)
         return self.head(*state, loss=loss, **batch)
 
     def init_std(self, name: str) -> float | None:
         """Standard deviation of a weight at the start; None: a norm's weight (1) or a bias (0).
 
         GPT-2's rule (Radford et al., 2019, section 2.3): 0.02, and less for the matrices that write to the residual
-        stream, so that its variance does not grow with the depth.
+        stream, so that its variance does not grow with the depth. After T5's (Raffel et al., 2020): an embedding whose
+        logits are scaled has 1, and unscaled attention smaller queries.
         """
+        config = self.config
         if name.endswith(".bias") or "norm." in name:
             return None
-        residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
-        return 0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
+        if name == "embed.tokens.weight" and config.scale_logits:
+            return 1.0
+        if name.startswith("relative."):
+            return config.d_model**-0.5
+        if name.endswith(".q.weight") and not config.scale_attention:
+            return 0.02 * config.head_dim**-0.5
+        if name.endswith((".out.weight", ".down.weight")) and not config.post_norm:
+            return 0.02 / math.sqrt(max(2 * config.n_layers, 3 * config.n_decoder_layers))
+        return 0.02

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from nanopre.data import Split, hash64, permute, prefetch, window_starts
+from nanopre.tokenizer import bytes_tokenizer
 
 
 def split_of(tokens) -> Split:
     tokens = np.asarray(tokens, dtype=np.uint16)
-    return Split(tokens, np.array([0, len(tokens)]), np.array([0, len(tokens)]), len(tokens))
+    return Split(tokens, np.array([0, len(tokens)]), np.array([0, len(tokens)]), len(tokens), bytes_tokenizer())
 
 
 def test_the_hash_never_changes():

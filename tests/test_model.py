@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanopre import cost, hf
 from nanopre.distributed import initialise
-from nanopre.model import IGNORE, LinearCrossEntropy, ModelConfig, Transformer, attend
+from nanopre.loss import IGNORE, LinearCrossEntropy
+from nanopre.model import ModelConfig, Transformer, attend
 from nanopre.plugins import load_plugins
 
 transformers = pytest.importorskip("transformers")
@@ -142,7 +143,7 @@ def test_the_comparison_sees_every_detail(detail):
     tokens = torch.arange(40).unsqueeze(0)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         if detail == "n_kv_heads":  # a query head that meets its neighbour's keys
-            patch.setattr("nanopre.model.attend", lambda q, k, v, dropout: attend(q, k.roll(1, 1), v, dropout))
+            patch.setattr("nanopre.model.attend", lambda q, k, v, *rest: attend(q, k.roll(1, 1), v, *rest))
         assert (ours(tokens) - theirs(tokens).logits).abs().max() > 1e-4
 
 
@@ -241,7 +242,7 @@ def test_chunked_cross_entropy_equals_the_plain_one(chunk, N, V, C, logits, igno
     targets = torch.randint(V, (N,), generator=generator)
     targets[torch.rand(N, generator=generator) < ignored] = IGNORE
 
-    total = LinearCrossEntropy.apply(h, weight, targets)
+    total = LinearCrossEntropy.apply(h, weight, None, targets, False)[0]
     gradients = torch.autograd.grad(3 * total, (h, weight))  # 3: a gradient that comes from above is passed on
     expected = F.cross_entropy(h @ weight.T, targets, ignore_index=IGNORE, reduction="sum")
     wanted = torch.autograd.grad(3 * expected, (h, weight))
@@ -256,7 +257,7 @@ def test_chunked_cross_entropy_equals_the_plain_one(chunk, N, V, C, logits, igno
 
 def test_extreme_logits_give_finite_losses_and_gradients():
     h = torch.tensor([[1e4, 0.0], [0.0, 1e4]], requires_grad=True)
-    total = LinearCrossEntropy.apply(h, torch.eye(2, requires_grad=True), torch.tensor([1, 1]))
+    total = LinearCrossEntropy.apply(h, torch.eye(2, requires_grad=True), None, torch.tensor([1, 1]), False)[0]
     total.backward()
     assert total == 1e4
     assert torch.equal(h.grad, torch.tensor([[1.0, -1.0], [0.0, 0.0]]))
@@ -284,7 +285,7 @@ def test_bfloat16_autocast_is_near_float32_and_gives_float32(chunk):
     for on in (False, True):
         leaves = [h.clone().requires_grad_(), weight.clone().requires_grad_()]
         with torch.autocast("cpu", torch.bfloat16, enabled=on):
-            total = LinearCrossEntropy.apply(*leaves, targets)
+            total = LinearCrossEntropy.apply(*leaves, None, targets, False)[0]
         total.backward()
         results.append((total.detach(), *(leaf.grad for leaf in leaves)))
     for exact, rounded in zip(*results, strict=True):

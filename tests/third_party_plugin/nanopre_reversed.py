@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nanopre import hookimpl
 from nanopre.data import Split, window_starts
-from nanopre.model import IGNORE
+from nanopre.loss import IGNORE
 
 
 @dataclass

@@ -1,0 +1,67 @@
+"""Cross-entropy from hidden states: the largest tensor of pre-training, the logits, is never held whole."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+"""In an array of targets: this position has no target."""
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of h (N, C) @ weight.T (C, V) + bias (V) with targets (N,), in chunks of rows; and, with
+    `count_correct`, of how many targets are the likeliest token.
+
+    Each chunk's gradient is made while its logits are at hand, so that neither the (N, V) logits nor their gradient is
+    ever held whole, and nothing is computed twice.
+    """
+
+    LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32; large enough that the products run at full speed
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, targets, count_correct) -> tuple[Tensor, Tensor]:
+        device = h.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        with torch.autocast(device, enabled=False):
+            return LinearCrossEntropy._forward(ctx, h, weight, bias, targets, count_correct, dtype)
+
+    @staticmethod
+    def _forward(ctx, h, weight, bias, targets, count_correct: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        with_gradient = any(ctx.needs_input_grad)
+        w = weight.to(dtype)
+        h_gradient = torch.empty_like(h) if with_gradient else None
+        w_gradient = torch.zeros_like(weight) if with_gradient else None
+        b_gradient = torch.zeros_like(bias) if with_gradient and bias is not None else None
+        total, correct = h.new_zeros((2,), dtype=torch.float32).unbind()
+        rows = max(1, LinearCrossEntropy.LOGITS_PER_CHUNK // weight.shape[0])
+        for h_part, t_part, g_part in zip(
+            h.split(rows), targets.split(rows), h_gradient.split(rows) if with_gradient else h.split(rows), strict=True
+        ):
+            x = h_part.to(dtype)
+            logits = (x @ w.T).float()  # (n, V)
+            log_p = F.log_softmax(logits if bias is None else logits.add_(bias), dim=-1)
+            has_target = t_part != IGNORE
+            index = t_part.clamp(min=0).unsqueeze(1)
+            total += F.nll_loss(log_p, t_part, ignore_index=IGNORE, reduction="sum")
+            if count_correct:
+                correct += ((log_p.gather(1, index).squeeze(1) >= log_p.amax(dim=1)) & has_target).sum()
+            if with_gradient:
+                gradient = log_p.exp_()  # d total / d logits = softmax - one_hot(target), 0 without a target
+                gradient.scatter_add_(1, index, -torch.ones_like(gradient[:, :1]))
+                gradient = gradient.mul_(has_target.unsqueeze(1))
+                if b_gradient is not None:
+                    b_gradient += gradient.sum(dim=0)
+                gradient = gradient.to(dtype)
+                g_part.copy_(gradient @ w)
+                w_gradient += gradient.T @ x
+        ctx.mark_non_differentiable(correct)
+        if with_gradient:
+            ctx.save_for_backward(h_gradient, w_gradient, b_gradient)
+        return total, correct
+
+    @staticmethod
+    def backward(ctx, scale: Tensor, _) -> tuple:
+        gradients = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        return *gradients, None, None
