@@ -77,6 +77,10 @@ def nanopre_objectives(register: Register) -> None:
     loss(head, h, batch) -> {name: tensor}: sums over the rows, for the last hidden states h (rows, seq_len, d_model);
         `head.cross_entropy(h, targets)` is the usual one. Each needs a count of the same name.
     report(sums, counts) -> {metric: number}: with "loss" among them.
+
+    And where it needs them:
+    architectures: which of "decoder", "encoder", "encoder-decoder" it is for.
+    adapt(model) -> model, changed before its first weights are drawn (nanopre.model.Head.add_output).
     """
 
 
