@@ -41,6 +41,9 @@ METHODS = {
 }
 """What a class of each kind must be able to do."""
 
+OPTIONAL_METHODS = {"objective": ("adapt",)}
+"""What a class of a kind may be able to do besides."""
+
 Register = Callable[[str, type], None]
 
 
