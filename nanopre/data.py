@@ -7,6 +7,7 @@ change of a random stream can change a run.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -60,20 +61,23 @@ def random32(keys: np.ndarray, n: int) -> np.ndarray:
 def permute(index: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     """Where a permutation of range(n), chosen by `key`, puts each index: computed, not stored.
 
-    A Feistel network of eight rounds permutes the least square 4**b >= n; an index that it puts beyond n goes through it
-    again until it lands below (cycle walking; Black and Rogaway, 2002), which happens after fewer than four on average.
+    A Feistel network of eight rounds over pairs (left, right) of range(a) x range(b), the halves added to by turns modulo
+    a and b (Black and Rogaway, 2002, section 5), where a = ceil(sqrt(n)) and b = ceil(n / a). An index
+    that it puts beyond n, which are fewer than a of a * b, goes through it again until it lands below.
     """
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    a = math.isqrt(max(n - 1, 0)) + 1
+    b = -(-n // a)
+    sizes = np.array([a, b], dtype=np.uint64)
     result = np.array(index, dtype=np.uint64)
-    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), result.shape)
-    todo = np.arange(result.size)
-    flat, keys = result.reshape(-1), keys.reshape(-1)
+    flat = result.reshape(-1)
+    rounds = hash64(np.asarray(key).reshape(1, -1), np.arange(8)[:, None])  # (8, 1 or the number of indices)
+    rounds = np.broadcast_to(rounds, (8, flat.size))
+    todo = np.arange(flat.size)
     while len(todo):
-        left, right = flat[todo] >> shift, flat[todo] & mask
+        keys, halves = rounds[:, todo], list(np.divmod(flat[todo], sizes[1]))
         for r in range(8):  # with four, small ranges are visibly not uniform
-            left, right = right, left ^ (hash64(keys[todo], r, right) & mask)
-        flat[todo] = (left << shift) | right
+            halves[r % 2] = (halves[r % 2] + hash64(keys[r] ^ halves[1 - r % 2]) % sizes[r % 2]) % sizes[r % 2]
+        flat[todo] = halves[0] * sizes[1] + halves[1]
         todo = todo[flat[todo] >= np.uint64(n)]
     return result.astype(np.int64)
 
