@@ -7,6 +7,7 @@ change of a random stream can change a run.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -24,16 +25,27 @@ T = TypeVar("T")
 # Randomness from counters
 
 
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele et al., 2014), in place, on a uint64 array."""
+    t = x >> np.uint64(30)
+    for shift, factor in ((27, 0xBF58476D1CE4E5B9), (31, 0x94D049BB133111EB)):
+        x ^= t
+        x *= np.uint64(factor)
+        t = np.right_shift(x, np.uint64(shift), out=t if x.ndim else None)
+    x ^= t
+    return x
+
+
 def hash64(*keys: int | np.ndarray) -> np.ndarray:
-    """64 random bits (uint64) for each tuple of keys, which broadcast: splitmix64's finaliser (Steele et al., 2014),
-    once a key."""
-    state = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):
-        for key in keys:
-            x = np.asarray(key).astype(np.uint64) + state * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = x ^ (x >> np.uint64(31))
+    """64 random bits (uint64) for each tuple of keys, which broadcast: the finaliser of splitmix64, once a key."""
+    state = np.array(GOLDEN)
+    for key in keys:
+        x = np.array(key).astype(np.uint64)
+        x += np.uint64(1)
+        state = _mix(np.asarray(x + state * GOLDEN))  # of arrays, also of one number: only scalars warn when they wrap
     return state
 
 
@@ -47,33 +59,31 @@ def row_keys(seed: int | None, rows: np.ndarray, stream: int) -> np.ndarray:
 def random32(keys: np.ndarray, n: int) -> np.ndarray:
     """(len(keys), n) random uint32, row i from keys[i]: the sequence of splitmix64, two numbers a word. Several times
     faster than a hash64 of each position, and batches are made of these."""
-    x = np.arange(1, (n + 1) // 2 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + keys[:, None]
-    t = x >> np.uint64(30)
-    for shift, factor in ((27, 0xBF58476D1CE4E5B9), (31, 0x94D049BB133111EB)):
-        x ^= t
-        x *= np.uint64(factor)
-        np.right_shift(x, np.uint64(shift), out=t)
-    x ^= t
+    x = _mix(np.arange(1, (n + 1) // 2 + 1, dtype=np.uint64) * GOLDEN + keys[:, None])
     return x.astype("<u8", copy=False).view(np.uint32)[:, :n]
 
 
 def permute(index: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     """Where a permutation of range(n), chosen by `key`, puts each index: computed, not stored.
 
-    A Feistel network of eight rounds permutes the least square 4**b >= n; an index that it puts beyond n goes through it
-    again until it lands below (cycle walking; Black and Rogaway, 2002), which happens after fewer than four on average.
+    A Feistel network of eight rounds over pairs (left, right) of range(a) x range(b), the halves added to by turns modulo
+    a and b (Black and Rogaway, 2002, section 5), where a = ceil(sqrt(n)) and b = ceil(n / a). An index
+    that it puts beyond n, which are fewer than a of a * b, goes through it again until it lands below.
     """
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    a = math.isqrt(max(n - 1, 0)) + 1
+    b = -(-n // a)
+    a, b = np.uint64(a), np.uint64(b)
     result = np.array(index, dtype=np.uint64)
-    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), result.shape)
-    todo = np.arange(result.size)
-    flat, keys = result.reshape(-1), keys.reshape(-1)
+    flat = result.reshape(-1)
+    rounds = hash64(np.asarray(key).reshape(1, -1), np.arange(8)[:, None])  # (8, 1 or the number of indices)
+    rounds = np.broadcast_to(rounds, (8, flat.size))
+    todo = np.arange(flat.size)
     while len(todo):
-        left, right = flat[todo] >> shift, flat[todo] & mask
-        for r in range(8):  # with four, small ranges are visibly not uniform
-            left, right = right, left ^ (hash64(keys[todo], r, right) & mask)
-        flat[todo] = (left << shift) | right
+        (left, right), keys = np.divmod(flat[todo], b), rounds[:, todo]
+        for r in range(0, 8, 2):  # with four, small ranges are visibly not uniform
+            left = (left + _mix(keys[r] + right) % a) % a
+            right = (right + _mix(keys[r + 1] + left) % b) % b
+        flat[todo] = left * b + right
         todo = todo[flat[todo] >= np.uint64(n)]
     return result.astype(np.int64)
 
