@@ -108,9 +108,15 @@ class Split:
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(len(starts), length) tokens (int64) from each start on; after the split's end comes its start."""
-        index = starts[:, None] + np.arange(length)
-        np.remainder(index, self.n_tokens, out=index, where=index >= self.n_tokens)
-        return self.tokens[index].astype(np.int64)
+        if length > self.n_tokens:
+            return self.tokens[(starts[:, None] + np.arange(length)) % self.n_tokens].astype(np.int64)
+        # Rows of a view of all windows are copied whole, which is several times faster than token by token.
+        last = self.n_tokens - length
+        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, length)[np.minimum(starts, last)].astype(np.int64)
+        wraps = starts > last
+        if wraps.any():
+            windows[wraps] = self.tokens[(starts[wraps, None] + np.arange(length)) % self.n_tokens]
+        return windows
 
 
 @dataclass
