@@ -41,6 +41,9 @@ METHODS = {
 }
 """What a class of each kind must be able to do."""
 
+OPTIONAL_METHODS = {"objective": ("adapt",)}
+"""What a class of a kind may be able to do besides."""
+
 Register = Callable[[str, type], None]
 
 
@@ -77,6 +80,10 @@ def nanopre_objectives(register: Register) -> None:
     loss(head, h, batch) -> {name: tensor}: sums over the rows, for the last hidden states h (rows, seq_len, d_model);
         `head.cross_entropy(h, targets)` is the usual one. Each needs a count of the same name.
     report(sums, counts) -> {metric: number}: with "loss" among them.
+
+    And where it needs them:
+    architectures: which of "decoder", "encoder", "encoder-decoder" it is for.
+    adapt(model) -> model, changed before its first weights are drawn (nanopre.model.Head.add_output).
     """
 
 

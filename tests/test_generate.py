@@ -29,6 +29,18 @@ LLAMA = ModelConfig(
     qk_norm=True,
 )
 
+T5 = ModelConfig(
+    **SETTINGS,
+    n_kv_heads=4,
+    architecture="encoder-decoder",
+    n_decoder_layers=2,
+    positions="relative",
+    norm="rmsnorm",
+    activation="geglu_tanh",
+    bias=False,
+    tie_embeddings=False,
+)
+
 
 def make_model(config: ModelConfig, seed: int) -> Transformer:
     model = Transformer(config)
@@ -58,6 +70,33 @@ def test_greedy_output_follows_the_argmax_of_the_whole_sequence(config):
     for _ in range(20):  # within seq_len: no context is dropped
         expected.append(int(model(torch.tensor([sequence + expected]))[0, -1].argmax()))
     assert list(generate(model, sequence, 20, temperature=0)) == expected
+
+
+def test_a_prompt_whose_tokens_see_each_other_is_continued_as_in_training():
+    model, prompt, expected = make_model(LLAMA, seed=4), [5, 3, 8, 13], []
+    for _ in range(15):
+        logits = model(torch.tensor([prompt + expected]), visible=torch.tensor([len(prompt)]))
+        expected.append(int(logits[0, -1].argmax()))
+    assert list(generate(model, prompt, 15, temperature=0, bidirectional_prompt=True)) == expected
+    assert list(generate(model, prompt, 15, temperature=0, bidirectional_prompt=True, use_cache=False)) == expected
+    assert list(generate(model, prompt, 15, temperature=0)) != expected
+
+
+@pytest.mark.parametrize("source_length", [1, 24])
+def test_an_encoder_decoder_reads_its_source_once(source_length):
+    model, source, expected = make_model(T5, seed=5), list(range(source_length)), []
+    for _ in range(20):
+        logits = model(torch.tensor([source]), decoder_tokens=torch.tensor([[60] + expected]))
+        expected.append(int(logits[0, -1].argmax()))
+    calls = []
+    model.blocks["0"].register_forward_hook(lambda *_: calls.append(1))
+    assert list(generate(model, [60], 20, temperature=0, source=source)) == expected
+    assert len(calls) == 1
+    assert list(generate(model, [60], 20, temperature=0, source=source, use_cache=False)) == expected
+    assert list(generate(model, [60], 20, temperature=0, source=source[::-1] + [7])) != expected
+    # 60 tokens: more than twice seq_len, so that the decoder drops the older half of its context several times.
+    long = [list(generate(model, [60], 60, temperature=0, source=source, use_cache=cached)) for cached in (True, False)]
+    assert long[0] == long[1] and len(set(long[0])) > 3
 
 
 def test_draws_depend_on_the_seed_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 
 from nanopre import UserError, config, hookimpl
@@ -22,10 +23,13 @@ class WandB:
                 import wandb
             except ImportError:
                 raise UserError("loggers.wandb: wandb is not installed; pip install 'nanopre[wandb]'.") from None
+            id_file = run.dir / "wandb_id"  # so that a resumed run goes on with its own, and no two folders share one
+            if not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
             self.run = wandb.init(
                 project=self.project,
                 name=run.dir.name,
-                id=run.dir.name,
+                id=id_file.read_text(encoding="utf-8"),
                 resume="allow",
                 dir=run.dir,
                 mode=self.mode,

@@ -1,0 +1,43 @@
+"""Objectives with nothing to learn in them, for benchmarks/convergence.py: what beats chance here is a leak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanopre import hookimpl
+from nanopre.data import random32, row_keys
+from nanopre.loss import IGNORE
+from nanopre.plugins import load_plugins
+
+REGISTRY = load_plugins()  # plugins/ alone
+CausalLM = REGISTRY.get("objective", "clm", __file__)
+MaskedLM = REGISTRY.get("objective", "mlm_nsp", __file__)
+
+
+@dataclass
+class ShuffledTokens(CausalLM):
+    """Causal LM on windows whose tokens are in random order: no better than the unigram."""
+
+    def batch(self, split, rows, seq_len, seed):
+        batch = super().batch(split, rows, seq_len, seed)
+        order = np.argsort(random32(row_keys(seed, rows, stream=99), seq_len), axis=1)
+        windows = np.take_along_axis(batch["targets"], order, axis=1)
+        return {"tokens": np.where(windows == IGNORE, 0, windows)[:, :-1], "targets": windows[:, 1:]}
+
+
+@dataclass
+class ShuffledLabels(MaskedLM):
+    """MLM and NSP whose labels are coins: no better than a half."""
+
+    def batch(self, split, rows, seq_len, seed):
+        batch = super().batch(split, rows, seq_len, seed)
+        coins = (random32(row_keys(seed, rows, stream=99), 1)[:, 0] & 1).astype(np.int64)
+        return {**batch, "is_random": np.where(batch["is_random"] == IGNORE, IGNORE, coins)}
+
+
+@hookimpl
+def nanopre_objectives(register):
+    register("shuffled_tokens", ShuffledTokens)
+    register("shuffled_labels", ShuffledLabels)
