@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prompt", default="", help='the text; "-" reads it from stdin (default: a new document)')
     parser.add_argument("--tokens", type=positive(int), default=200, help="most tokens to make (default: 200)")
     parser.add_argument("--temperature", type=positive(float, zero=True), default=0.8, help="0: greedy (default: 0.8)")
-    parser.add_argument("--top-k", type=positive(int, zero=True), default=0, help="only the k likeliest; 0: all (default)")
+    parser.add_argument("--top-k", type=positive(int, zero=True), default=0, help="only the k likeliest (default: all)")
     parser.add_argument("--top-p", type=probability, default=1.0, help="only the nucleus of this probability (default: 1)")
     parser.add_argument("--seed", type=int, default=1, help="of the draws; sample i uses seed + i (default: 1)")
     parser.add_argument("--num-samples", type=positive(int), default=1, help="how many, one after the other (default: 1)")
@@ -65,11 +65,11 @@ def ask(run: checkpoint.OpenedRun, prompt: str, options: dict) -> dict:
     if hasattr(run.config.objective, "sample"):
         return run.config.objective.sample(run, prompt, options)
     if model.config.architecture == "encoder":
-        masks = fill_masks(model, tokenizer, prompt, options["top_k"] or 5)
+        masks = fill_masks(model, tokenizer, prompt.rstrip("\n"), options["top_k"] or 5)
         lines = [f"[MASK] {i}  {p:7.1%}  {token}" for i, best in enumerate(masks, 1) for token, p in best]
         return {"masks": [[{"token": t, "probability": p} for t, p in best] for best in masks], "text": "\n".join(lines)}
     if model.config.architecture == "encoder-decoder":
-        spans = fill_sentinels(model, tokenizer, prompt, **options)
+        spans = fill_sentinels(model, tokenizer, prompt.rstrip("\n"), **options)
         return {"spans": spans, "text": "\n".join(f"{name} {span}" for name, span in spans.items())}
     return {"text": continue_text(model, tokenizer, prompt, options)}
 
