@@ -85,7 +85,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         peak_rates = optim.peak_rates(optimizers)
 
         # The run's folder, and where the run stands.
-        start_step, best_val_loss, started = 0, math.inf, ""
+        start_step, best_val_loss = 0, math.inf
         progress = {"tokens": 0, "seconds": 0.0, "skipped": 0}
         if resume_from:
             info = checkpoint.load(resume_from, model, optimizers)
@@ -96,7 +96,9 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
                 raise UserError(f"{run_dir}: all {c.steps} steps are done; go on with --train.steps={2 * c.steps}.")
         else:
             if config.init_from and config.init_weights:
-                started = checkpoint.load_weights(config.init_from, model)
+                loaded = checkpoint.load_weights(config.init_from, model)
+                if is_first:
+                    print(loaded)
             name = world.agree("name", checkpoint.free_name(Path(config.out_dir), config.name) if is_first else "")
             run_dir = Path(config.out_dir) / name
             if is_first:
@@ -187,8 +189,6 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         if is_first:
             epochs = c.steps * c.batch_size / objective.rows_per_epoch(corpus.train, c.seq_len)
             print(f"{run_dir}: {n_parameters:,} parameters; {here.reason}; {world.size} process(es)")
-            if started:
-                print(started)
             print(f"{corpus.train.n_tokens:,} tokens to train on, of which this run sees {epochs:.3g} epochs; "
                   f"{corpus.val.n_tokens:,} to validate")  # fmt: skip
         status, skipped_in_a_row = "failed", 0

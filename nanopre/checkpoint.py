@@ -314,7 +314,7 @@ def load_weights(path: str | Path, model: nn.Module) -> str:
     dcp.load({"model": loaded}, storage_reader=reader, no_dist=True)
     for name, tensor in loaded.items():
         new[name].copy_(tensor[: len(new[name])])
-    parts = (f"starts with the weights of {checkpoint}", _named("new", started), _named("left behind", left))
+    parts = (f"Starting with the weights of {checkpoint}", _named("new", started), _named("left behind", left))
     return "; ".join(filter(None, parts))
 
 
