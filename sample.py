@@ -1,60 +1,88 @@
-"""Continue text with a trained model.
+"""Ask a trained model for what it is for.
 
     python sample.py runs/NAME --prompt "def " --tokens 200 --temperature 0.8 --top-k 50 --top-p 0.95 --seed 1
     echo "def " | python sample.py runs/NAME --prompt -
+
+A decoder continues the text, an encoder fills in "The [MASK] sat.", an encoder-decoder "The <extra_id_0> sat."; a
+fine-tuned model does what its objective says: it labels or answers.
 """
 
 from __future__ import annotations
 
 import argparse
 import codecs
+import json
 import sys
+from collections.abc import Iterator
 
 import torch
 
 from nanopre import UserError, checkpoint, machine
-from nanopre.generate import generate
+from nanopre.generate import fill_masks, fill_sentinels, generate
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Continue text with a trained model.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Ask a trained model for what it is for.", allow_abbrev=False)
     parser.add_argument("run", help="a run's folder (its latest checkpoint) or one checkpoint's")
-    parser.add_argument("--prompt", default="", help='text to continue; "-" reads it from stdin (default: a new document)')
+    parser.add_argument("--prompt", default="", help='the text; "-" reads it from stdin (default: a new document)')
     parser.add_argument("--tokens", type=positive(int), default=200, help="most tokens to make (default: 200)")
     parser.add_argument("--temperature", type=positive(float, zero=True), default=0.8, help="0: greedy (default: 0.8)")
-    parser.add_argument("--top-k", type=positive(int, zero=True), default=0, help="only the k likeliest; 0: all (default)")
+    parser.add_argument("--top-k", type=positive(int, zero=True), default=0, help="only the k likeliest (default: all)")
     parser.add_argument("--top-p", type=probability, default=1.0, help="only the nucleus of this probability (default: 1)")
     parser.add_argument("--seed", type=int, default=1, help="of the draws; sample i uses seed + i (default: 1)")
     parser.add_argument("--num-samples", type=positive(int), default=1, help="how many, one after the other (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print each result as a line of JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     a = parser.parse_args(argv)
 
     run = checkpoint.open_run(a.run)
     device = machine.choose_device(a.device)
-    model, tokenizer = run.model.to(device), run.tokenizer
+    run.model.to(device)
     prompt = sys.stdin.read() if a.prompt == "-" else a.prompt
-    start = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eot]
     for i in range(a.num_samples):
+        options = {
+            "max_tokens": a.tokens,
+            "temperature": a.temperature,
+            "top_k": a.top_k,
+            "top_p": a.top_p,
+            "generator": torch.Generator(device).manual_seed(a.seed + i),
+        }
+        result = ask(run, prompt, options)
+        if a.json:
+            print(json.dumps({"prompt": prompt, **result, "text": "".join(result["text"])}, ensure_ascii=False))
+            continue
         if a.num_samples > 1:
             print(f"--- sample {i + 1} ---")
-        generator = torch.Generator(device).manual_seed(a.seed + i)
-        tokens = generate(
-            model,
-            start,
-            a.tokens,
-            a.temperature,
-            a.top_k,
-            a.top_p,
-            generator,
-            n_vocab=tokenizer.n_vocab,
-            stop=tokenizer.eot,
-        )
-        # A character's bytes may be spread over tokens: the decoder holds them back until the character is whole.
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        print(prompt, end="", flush=True)
-        for token in tokens:
-            print(decoder.decode(tokenizer.token_bytes([token])), end="", flush=True)
-        print(decoder.decode(b"", final=True))
+        for piece in result["text"]:
+            print(piece, end="", flush=True)
+        print()
+
+
+def ask(run: checkpoint.OpenedRun, prompt: str, options: dict) -> dict:
+    """What the model makes of the prompt: "text", or an iterator of its pieces, and what else a program may want to know.
+    options: those of `generate`."""
+    model, tokenizer = run.model, run.tokenizer
+    if hasattr(run.config.objective, "sample"):
+        return run.config.objective.sample(run, prompt, options)
+    if model.config.architecture == "encoder":
+        masks = fill_masks(model, tokenizer, prompt.rstrip("\n"), options["top_k"] or 5)
+        lines = [f"[MASK] {i}  {p:7.1%}  {token}" for i, best in enumerate(masks, 1) for token, p in best]
+        return {"masks": [[{"token": t, "probability": p} for t, p in best] for best in masks], "text": "\n".join(lines)}
+    if model.config.architecture == "encoder-decoder":
+        spans = fill_sentinels(model, tokenizer, prompt.rstrip("\n"), **options)
+        return {"spans": spans, "text": "\n".join(f"{name} {span}" for name, span in spans.items())}
+    return {"text": continue_text(model, tokenizer, prompt, options)}
+
+
+def continue_text(model, tokenizer, prompt: str, options: dict) -> Iterator[str]:
+    """The prompt and what follows it, piece by piece."""
+    start = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eot]
+    # A character's bytes may be spread over tokens: the decoder holds them back until the character is whole.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    yield prompt
+    for token in generate(model, start, **options, n_vocab=tokenizer.n_vocab, stop=tokenizer.eot):
+        yield decoder.decode(tokenizer.token_bytes([token]))
+    yield decoder.decode(b"", final=True)
 
 
 def positive(kind: type, zero: bool = False):

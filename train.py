@@ -1,7 +1,8 @@
-"""Pre-train a language model.
+"""Pre-train a language model, or fine-tune one.
 
     python train.py                                    configs/default.toml, on this machine's GPU or CPU
     python train.py CONFIG.toml --train.steps=100      any key of the TOML can be set as --section.key=value
+    python train.py CONFIG.toml --init_from=runs/NAME  start from the weights of another run
     torchrun --nproc-per-node=2 train.py CONFIG.toml   the same on several processes
     python train.py --resume runs/NAME                 go on where a run stopped
 """
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from nanopre import UserError, checkpoint, config as configs, corpus as corpora, cost, data, distributed, machine, optim
+from nanopre.examples import prepare as prepare_examples
 from nanopre.generate import generate
 from nanopre.hookspecs import Run
 from nanopre.plugins import nearest
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{text}: not an option (a key is set as --section.key=value); {nearest(text, options)}")
 
     run_dir = resume_from = None
+    inherit = checkpoint.read_config
     config_file = arguments.config or HERE / "configs" / "default.toml"
     if arguments.resume:
         if arguments.config:
@@ -53,8 +56,8 @@ def main(argv: list[str]) -> None:
         run_dir, resume_from = checkpoint.locate(arguments.resume)
         if "imported_from" in checkpoint.read_info(resume_from):
             raise UserError(f"{run_dir}: an imported model has no training to go on with; sample.py can use it.")
-        config_file = run_dir / "config.toml"
-    config, plugins = configs.load(config_file, overrides)
+        config_file, inherit = run_dir / "config.toml", None
+    config, plugins = configs.load(config_file, overrides, inherit)
     if arguments.list_plugins:
         print(plugins.describe())
     elif arguments.print_config:
@@ -71,8 +74,11 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         is_first = world.rank == 0
         configs.check_layout(config, world.size)
 
-        # The corpus, tokenised at first use by one process, and a model that starts the same in every layout.
-        corpus = world.first("corpus", lambda: corpora.prepare(config, plugins, progress=is_first))
+        # The corpus, tokenised at first use by one process, or examples for an objective that names their columns; a
+        # run that starts from another keeps its tokenizer. And a model that starts the same in every layout.
+        tokenizer = checkpoint.read_tokenizer(run_dir or config.init_from) if config.init_from else None
+        prepare = prepare_examples if hasattr(objective, "columns") else corpora.prepare
+        corpus = world.first("corpus", lambda: prepare(config, plugins, tokenizer, progress=is_first))
         tokenizer = corpus.tokenizer
         model = distributed.build_model(config, tokenizer).to(here.device)
         optimizers = config.optimizer.build(model)
@@ -89,6 +95,10 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
             if start_step >= c.steps:
                 raise UserError(f"{run_dir}: all {c.steps} steps are done; go on with --train.steps={2 * c.steps}.")
         else:
+            if config.init_from and config.init_weights:
+                loaded = checkpoint.load_weights(config.init_from, model)
+                if is_first:
+                    print(loaded)
             name = world.agree("name", checkpoint.free_name(Path(config.out_dir), config.name) if is_first else "")
             run_dir = Path(config.out_dir) / name
             if is_first:
@@ -108,7 +118,6 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
 
         share = c.batch_size // world.size  # rows of the global batch on this rank,
         micro = c.micro_batch_size or share  # of which so many go through the model at once
-        tokens_per_step = c.batch_size * c.seq_len
         n_parameters = sum(p.numel() for p in model.parameters())
         flops_per_token = cost.flops_per_token(model.config, c.seq_len)
         peak_flops = cost.peak_flops(here.device, here.precision)
@@ -224,6 +233,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
 
                     seconds = time.perf_counter() - began
                     done = step + 1
+                    tokens_per_step = c.batch_size * batch["tokens"].shape[1]
                     progress["tokens"] += tokens_per_step
                     progress["seconds"] += seconds
                     metrics |= {
@@ -256,8 +266,9 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         if is_first and status == "interrupted":
             print(f"Stopped after step {done} of {c.steps}; go on with: python train.py --resume {run_dir}")
         elif is_first:
-            print_samples(model, tokenizer, c.prompt, c.samples, config.seed)
-            print(f"\nMore samples: python sample.py {run_dir} --prompt {c.prompt or 'TEXT'!r}")
+            if model.config.architecture == "decoder" and not hasattr(objective, "sample"):
+                print_samples(model, tokenizer, c.prompt, c.samples, config.seed)
+            print(f"\nTry it: python sample.py {run_dir} --prompt {c.prompt or 'TEXT'!r}")
 
 
 def numbers(tensors: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -263,3 +263,61 @@ def open_run(path: str | Path) -> OpenedRun:
     model = distributed.build_model(config, tokenizer)
     info = load(checkpoint, model)
     return OpenedRun(config, registry, tokenizer, model.eval(), checkpoint, info)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start from another run
+
+
+def read_config(path: str | Path) -> dict:
+    """The resolved config of a run, or of one checkpoint's run, as a table. Raises UserError."""
+    run_dir, _ = locate(path)
+    return configs.to_dict(configs.load(run_dir / "config.toml")[0])
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    return Tokenizer.load(locate(path)[0] / "tokenizer.json")
+
+
+TRUNK = ("embed.", "relative.", "blocks.", "head.norm.")  # what every objective of a model shares
+
+
+@torch.no_grad()
+def load_weights(path: str | Path, model: nn.Module) -> str:
+    """Fill the model from a run (its latest checkpoint) or one checkpoint of a model with another head; every rank calls
+    it before the model is split. Returns a sentence about what was loaded.
+
+    Weights go by name. Outputs that only the new model has, or with another width, keep their first weights, and so does
+    its pooler; what only the old model has behind the trunk is left. A shorter new model takes the first of the learned
+    positions. Anything else that is missing or has another shape is a UserError.
+    """
+    _, checkpoint = locate(path)
+    verify(checkpoint)
+    reader = _Reader(checkpoint)
+    saved = reader.read_metadata().state_dict_metadata
+    old = {name.removeprefix("model."): tuple(item.size) for name, item in saved.items() if name.startswith("model.")}
+    new = dict(model.named_parameters())
+    loaded, started = {}, []
+    for name, parameter in new.items():
+        shape, wanted = old.get(name), tuple(parameter.shape)
+        if shape == wanted or shape and name == "embed.positions.weight" and shape[0] > wanted[0] and shape[1:] == wanted[1:]:
+            loaded[name] = torch.empty(shape, dtype=parameter.dtype)
+        elif name.startswith("head.outputs.") or shape is None and name.startswith("head.pooler."):
+            started.append(name)
+        elif shape is None:
+            raise UserError(f"init_from: {checkpoint} has no weights for {name}, which the configured model has.")
+        else:
+            raise UserError(f"init_from: {name} has the shape {shape} in {checkpoint}, and {wanted} in the configured model.")
+    left = sorted(set(old) - set(model.state_dict()))
+    if beyond := [name for name in left if name.startswith(TRUNK)]:
+        raise UserError(f"init_from: {checkpoint} has weights for {beyond[0]}, which the configured model has not.")
+    dcp.load({"model": loaded}, storage_reader=reader, no_dist=True)
+    for name, tensor in loaded.items():
+        new[name].copy_(tensor[: len(new[name])])
+    parts = (f"Starting with the weights of {checkpoint}", _named("new", started), _named("left behind", left))
+    return "; ".join(filter(None, parts))
+
+
+def _named(what: str, parameters: list[str]) -> str:
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+    return f"{what}: {', '.join(modules)}" if modules else ""

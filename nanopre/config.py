@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -114,6 +114,8 @@ class Config:
     seed: int = 1337
     out_dir: str = "runs"
     plugins: list[str] = field(default_factory=list)  # files and folders of plugins beside plugins/
+    init_from: str = ""  # a run or one checkpoint: its model, tokenizer, seq_len and weights are where this run starts
+    init_weights: bool = True  # false: not its weights; the same model from scratch, to compare with
     model: Any = plugin("model", "llama")
     objective: Any = plugin("objective", "clm")
     data: Data = field(default_factory=Data)
@@ -130,9 +132,14 @@ class Config:
             raise ValueError(f'name = "{self.name}" must be the name of a folder')
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Registry]:
+Inherit = Callable[[str], dict[str, Any]]
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), inherit: Inherit | None = None) -> tuple[Config, Registry]:
     """Read a TOML file, apply overrides like "--train.steps=100", load the plugins, check and build everything.
 
+    inherit: from `init_from` to the config of that run, whose model, tokenizer and seq_len are then the defaults
+    (nanopre.checkpoint.read_config). A run's own config.toml is whole without: there `init_from` is only a note.
     Raises UserError: one sentence with the file or flag, the key, and what would be right.
     """
     try:
@@ -143,7 +150,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Regis
         beside = sorted(str(file) for file in Path(path).parent.glob("*.toml"))
         hint = nearest(str(path), beside) if beside else "give the path of a TOML file."
         raise UserError(f"{path}: can't be read ({getattr(error, 'strerror', 'not UTF-8')}); {hint}") from None
-    return _Builder(str(path), [parse_override(text) for text in overrides]).build(table)
+    return _Builder(str(path), [parse_override(text) for text in overrides]).build(table, inherit)
 
 
 def from_dict(table: dict[str, Any], where: str) -> tuple[Config, Registry]:
@@ -176,10 +183,12 @@ class _Builder:
         self.overrides = overrides
         self.flags = {key: text for key, _, text in overrides}  # the text, for a string that looks like a number
 
-    def build(self, table: dict[str, Any]) -> tuple[Config, Registry]:
+    def build(self, table: dict[str, Any], inherit: Inherit | None = None) -> tuple[Config, Registry]:
         in_file = table
         for key, value, _ in self.overrides:
             table = self._override(table, key.split("."), value, key)
+        if inherit and table.get("init_from"):
+            table = self._inherited(table, inherit(self.value(str, table["init_from"], "init_from")))
         paths = self.value(list[str], table.get("plugins", []), "plugins")
         registry = load_plugins(paths, where=self.place("plugins"))
 
@@ -272,6 +281,16 @@ class _Builder:
                 raise UserError(f"--{key}: {first} is not a section.")
             value = self._override(inner, rest, value, key)
         return {**table, first: value}
+
+    def _inherited(self, table: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+        """The table with the model, tokenizer and seq_len of the run that this one starts from."""
+        if "tokenizer" in table:
+            raise self.error("tokenizer", "is set, but init_from brings its own", "leave one of the two out.")
+        model, train = (self._table(table.get(name, {}), name) for name in ("model", "train"))
+        if model.get("name", name := old["model"]["name"]) != name:
+            raise self.error("model.name", f"is {_toml(model['name'])}", f'init_from is a "{name}"; leave the name out.')
+        train = {"seq_len": old["train"]["seq_len"], **train}
+        return {**table, "model": {**old["model"], **model}, "tokenizer": old["tokenizer"], "train": train}
 
     def _drop_foreign(self, registry: Registry, kind: str, section: str, table: dict[str, Any], in_file: str) -> dict:
         """The table without the options of the plugin in the file that the plugin of the flag does not have."""

@@ -24,8 +24,9 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -45,8 +46,11 @@ TRAINING_BYTES = 2**28  # of text from the start of the corpus that a BPE is tra
 Document = tuple[str, str | None]  # text, and "train" or "val" where the source brings its own split
 
 
-def prepare(config: configs.Config, registry: Registry, progress: bool = True) -> Corpus:
-    """Open the configured corpus, after tokenising it where that has not been done. Raises UserError."""
+def prepare(config: configs.Config, registry: Registry, tokenizer: Tokenizer | None = None, progress: bool = True) -> Corpus:
+    """Open the configured corpus, after tokenising it where that has not been done. Raises UserError.
+
+    tokenizer: one that is there already, in place of the configured one.
+    """
     cache = Path(config.data.cache_dir)
     cache.mkdir(parents=True, exist_ok=True)
     source = Source(config.data.corpus, "data.corpus", config, registry)
@@ -54,16 +58,18 @@ def prepare(config: configs.Config, registry: Registry, progress: bool = True) -
     if config.data.val_corpus is not None:
         val_source = Source(config.data.val_corpus, "data.val_corpus", config, registry)
     texts = [source.fingerprint(cache), val_source.fingerprint(cache) if val_source else ""]
-    tokenizer = _tokenizer(config.tokenizer, [s for s in (source, val_source) if s], cache, texts, progress)
+    if tokenizer is None:
+        every_text = (text for s in (source, val_source) if s for text, _ in s.documents())
+        tokenizer = make_tokenizer(config.tokenizer, _first_texts(source), every_text, cache, texts, progress)
     split = None if val_source else config.data.val_fraction
-    key = _digest(FORMAT, texts, tokenizer.fingerprint, split)
+    key = digest(FORMAT, texts, tokenizer.fingerprint, split)
     folder = cache / "corpora" / key
     if not (folder / "meta.json").exists():
         _write(folder, _split(source, val_source, config.data.val_fraction), tokenizer, progress, source.name)
     return open_corpus(folder)
 
 
-def _digest(*keys: Any) -> str:
+def digest(*keys: Any) -> str:
     return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 
 
@@ -102,8 +108,8 @@ class Source:
     def fingerprint(self, cache: Path) -> str:
         """A hash of the documents' content."""
         if self.dataset is not None:
-            return _digest(type(self.dataset).__name__, self.dataset.fingerprint())
-        return _digest(self.text_key, DOCUMENT_BYTES, [hash_file(Path(file), cache) for file in self.files])
+            return digest(type(self.dataset).__name__, self.dataset.fingerprint())
+        return digest(self.text_key, DOCUMENT_BYTES, [hash_file(Path(file), cache) for file in self.files])
 
 
 def hash_file(file: Path, cache: Path) -> str:
@@ -133,10 +139,17 @@ def read_file(file: str, text_key: str) -> Iterator[str]:
     if name.endswith(".parquet"):
         yield from _read_parquet(file, text_key)
         return
+    with unpacked(file) as stream:
+        yield from _read_jsonl(file, stream, text_key) if name.endswith((".jsonl", ".ndjson")) else _read_text(stream)
+
+
+@contextmanager
+def unpacked(file: str) -> Iterator[BinaryIO]:
+    """The bytes of a file, of .gz and .xz of what is packed in it. An error on the way is a UserError with its name."""
     unpack = gzip.open if file.endswith(".gz") else lzma.open if file.endswith(".xz") else open
     try:
         with unpack(file, "rb") as stream:
-            yield from _read_jsonl(file, stream, text_key) if name.endswith((".jsonl", ".ndjson")) else _read_text(stream)
+            yield stream
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 ({error.reason}, at byte {error.start:,} of a piece of the text).") from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
@@ -164,16 +177,21 @@ def _read_text(stream) -> Iterator[str]:
         yield rest.decode("utf-8")
 
 
-def _read_jsonl(file: str, stream, text_key: str) -> Iterator[str]:
+def read_json_lines(file: str, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """(number of the line from 1 on, its value) of each line that is not empty."""
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            yield number, json.loads(line)
         except UnicodeDecodeError:
             raise UserError(f"{file}:{number}: not UTF-8.") from None
         except ValueError as error:
             raise UserError(f"{file}:{number}: not a line of JSON ({error}).") from None
+
+
+def _read_jsonl(file: str, stream, text_key: str) -> Iterator[str]:
+    for number, record in read_json_lines(file, stream):
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
             keys = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
             hint = nearest(text_key, keys).replace("choose from", "there are") if keys else "it has no key with a text."
@@ -256,21 +274,29 @@ def sentence_starts(text: bytes) -> list[int]:
 # Tokenising
 
 
-def _tokenizer(config: configs.Tokenizer, sources: list[Source], cache: Path, texts: list[str], progress: bool) -> Tokenizer:
-    """The configured tokenizer; one that is made from the corpus is kept in the cache."""
+def make_tokenizer(
+    config: configs.Tokenizer,
+    training_texts: Iterable[str],
+    every_text: Iterable[str],
+    cache: Path,
+    fingerprints: list[str],
+    progress: bool,
+) -> Tokenizer:
+    """The configured tokenizer. A BPE learns from the training texts, characters are those of every text; what was made
+    from the texts with these fingerprints is kept in the cache."""
     if config.name == "bytes":
         return tokenizers.bytes_tokenizer()
     if config.name == "gpt2":
         return tokenizers.gpt2_tokenizer(config.path)
     vocab_size = config.vocab_size if config.name == "bpe" else 0
-    file = cache / "tokenizers" / f"{_digest(config.name, vocab_size, texts, tokenizers.BPE_PATTERN)}.json"
+    file = cache / "tokenizers" / f"{digest(config.name, vocab_size, fingerprints, tokenizers.BPE_PATTERN)}.json"
     if not file.exists():
         if progress:
             print(f"making the {config.name} tokenizer ...", file=sys.stderr)
         if config.name == "chars":
-            made = tokenizers.characters_tokenizer(text for source in sources for text, _ in source.documents())
+            made = tokenizers.characters_tokenizer(every_text)
         else:
-            made = tokenizers.bpe_tokenizer(_first_texts(sources[0]), vocab_size)
+            made = tokenizers.bpe_tokenizer(training_texts, vocab_size)
         file.parent.mkdir(exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         made.save(temporary)

@@ -1,13 +1,16 @@
-"""Continue a sequence token by token, with a cache of keys and values."""
+"""Continue a sequence token by token, with a cache of keys and values; fill in what is missing of a text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from nanopre import UserError
 from nanopre.model import ModelConfig, Transformer
+from nanopre.tokenizer import Tokenizer
 
 
 class LayerCache:
@@ -110,3 +113,58 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     p = p / p.sum()
     p[p.cumsum(dim=-1) - p >= top_p] = 0
     return int(order.indices[torch.multinomial(p, 1, generator=generator)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fill in
+
+
+@torch.inference_mode()
+def fill_masks(model: Transformer, tokenizer: Tokenizer, text: str, k: int = 5) -> list[list[tuple[str, float]]]:
+    """For each [MASK] of the text the k likeliest tokens with their probabilities, by an encoder that sees
+    [CLS] text [SEP]. Raises UserError for a text without one, or too long."""
+    tokens = [tokenizer.cls, *encode_with(tokenizer, text, {"[MASK]": tokenizer.mask}), tokenizer.sep]
+    if tokenizer.mask not in tokens:
+        raise UserError('the prompt has no [MASK] to fill, as in "The [MASK] sat on the mat."')
+    check_length(tokens, model)
+    inputs = torch.tensor([tokens], device=next(model.parameters()).device)
+    logits = model.eval()(inputs)[0, inputs[0] == tokenizer.mask, : tokenizer.n_vocab]  # (masks, V)
+    best = logits.float().softmax(dim=-1).topk(min(k, tokenizer.n_vocab))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [[(tokenizer.decode([i]), p) for i, p in zip(*row, strict=True)] for row in rows]
+
+
+def fill_sentinels(model: Transformer, tokenizer: Tokenizer, text: str, **options) -> dict[str, str]:
+    """What an encoder-decoder writes for each <extra_id_...> of the text, "" where it writes nothing: the encoder reads
+    the text and the end of text, the decoder starts from the padding (Raffel et al., 2020, section 3.1.4). `options` are
+    those of `generate`. Raises UserError for a text without a sentinel, or too long."""
+    sentinels = {f"<extra_id_{i}>": int(token) for i, token in enumerate(tokenizer.sentinels)}
+    source = [*encode_with(tokenizer, text, sentinels), tokenizer.eot]
+    wanted = [name for name, token in sentinels.items() if token in source]
+    if not wanted:
+        raise UserError('the prompt has no <extra_id_0> to fill, as in "The <extra_id_0> sat on the mat."')
+    check_length(source, model)
+    options = {"max_tokens": model.config.seq_len - 1, "n_vocab": tokenizer.n_vocab, "stop": tokenizer.eot, **options}
+    names, written, name = {token: name for name, token in sentinels.items()}, {}, None
+    for token in generate(model, [tokenizer.pad], source=source, **options):
+        name = names.get(token, name)
+        if token not in names and name:
+            written.setdefault(name, []).append(token)
+    return {name: tokenizer.decode(written.get(name, [])) for name in wanted}
+
+
+def encode_with(tokenizer: Tokenizer, text: str, special: dict[str, int]) -> list[int]:
+    """The ids of a text in which these names of special tokens mean the tokens. Where tokens can be words, a space before
+    a name is left out: it belongs to the word that the name stands for."""
+    holds_words = tokenizer.bytes_per_token.max() > 4  # longer than any character
+    ids = []
+    *parts, last = re.split(f"({'|'.join(map(re.escape, special))})", text)
+    for part in parts:
+        plain = part.removesuffix(" ") if holds_words else part
+        ids += [special[part]] if part in special else tokenizer.encode(plain).tolist()
+    return ids + tokenizer.encode(last).tolist()
+
+
+def check_length(tokens: list[int], model: Transformer) -> None:
+    if len(tokens) > model.config.seq_len:
+        raise UserError(f"the prompt is {len(tokens)} tokens long; the model reads {model.config.seq_len}.")

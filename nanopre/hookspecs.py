@@ -41,7 +41,7 @@ METHODS = {
 }
 """What a class of each kind must be able to do."""
 
-OPTIONAL_METHODS = {"objective": ("adapt",)}
+OPTIONAL_METHODS = {"objective": ("adapt", "columns", "prepare", "sample"), "dataset": ("records",)}
 """What a class of a kind may be able to do besides."""
 
 Register = Callable[[str, type], None]
@@ -84,6 +84,13 @@ def nanopre_objectives(register: Register) -> None:
     And where it needs them:
     architectures: which of "decoder", "encoder", "encoder-decoder" it is for.
     adapt(model) -> model, changed before its first weights are drawn (nanopre.model.Head.add_output).
+    columns() -> list of names: the objective learns from examples with these columns instead of running text. Its splits
+        are then nanopre.examples.Examples.
+    prepare(train, val): looks at the Examples before the model is built, and may set fields of its own, which the run's
+        config.toml then keeps.
+    sample(run, prompt, options) -> {"text": str or an iterator of its pieces, ...}: what sample.py is to do with a prompt
+        and this model, a nanopre.checkpoint.OpenedRun. options: keyword arguments of nanopre.generate.generate. All of
+        the result can be written as JSON.
     """
 
 
@@ -111,6 +118,9 @@ def nanopre_datasets(register: Register) -> None:
 
     documents() -> iterable of texts, or of (text, "train" or "val") where the dataset brings its own split.
     fingerprint() -> str that changes whenever the documents would.
+
+    And for objectives that learn from examples:
+    records() -> iterable of {column: text}.
     """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ from conftest import ENVIRONMENT, ROOT
 
 import sample
 import train
-from nanopre import UserError, checkpoint
-from nanopre.generate import generate
+from nanopre import UserError, checkpoint, config as configs
+from nanopre.generate import fill_masks, fill_sentinels, generate
+from nanopre.tokenizer import bpe_tokenizer, bytes_tokenizer
 
 
 @pytest.fixture
@@ -69,3 +71,121 @@ def test_a_run_without_a_checkpoint(trained):
     (trained / "checkpoints" / "latest").unlink()
     with pytest.raises(UserError, match="no checkpoint yet"):
         sample.main([str(trained)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Filling in
+
+
+TEXTS = ["The small cat sat on the mat. The big dog sees a small bird in the tree. A house likes the cat."]
+
+
+def random_run(tmp_path, model: dict, tokenizer):
+    """A run of a tiny model with random weights, as `nanopre.hf import` makes one."""
+    table = {"name": "tiny", "model": {"d_model": 32, "n_heads": 2, "n_layers": 2, **model}, "train": {"seq_len": 48}}
+    config, _ = configs.from_dict(table, "test")
+    built = config.model.build(vocab_size=-(-tokenizer.n_vocab // 64) * 64, seq_len=48)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+    checkpoint.create_run(tmp_path / "tiny", config, tokenizer)
+    checkpoint.save(tmp_path / "tiny", 0, built, [], {"config": configs.to_dict(config)})
+    return checkpoint.open_run(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("make", [bytes_tokenizer, lambda: bpe_tokenizer(TEXTS, 420)])
+def test_masks_are_filled_with_the_likeliest_tokens(tmp_path, make, capsys):
+    run = random_run(tmp_path, {"name": "bert"}, t := make())
+    words = t.n_vocab > 361
+    # A space before [MASK] belongs to the word behind it, where tokens can be words.
+    first, *rest = ("The small", " sat on", ".") if words else ("The small ", " sat on ", ".")
+    encode = lambda text: t.encode(text).tolist()  # noqa: E731
+    tokens = [t.cls, *encode(first), t.mask, *encode(rest[0]), t.mask, *encode(rest[1]), t.sep]
+    with torch.no_grad():
+        p = run.model(torch.tensor([tokens]))[0, :, : t.n_vocab].softmax(dim=-1)
+    expected = []
+    for position in (i for i, token in enumerate(tokens) if token == t.mask):
+        order = sorted(range(t.n_vocab), key=lambda i: -p[position, i])[:3]
+        expected.append([(t.decode([i]), pytest.approx(p[position, i].item(), rel=1e-4)) for i in order])
+    prompt = "The small [MASK] sat on [MASK]."
+    assert fill_masks(run.model, t, prompt, 3) == expected
+
+    sample.main([str(tmp_path / "tiny"), "--prompt", prompt, "--top-k", "3", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert [[(best["token"], best["probability"]) for best in mask] for mask in result["masks"]] == expected
+    sample.main([str(tmp_path / "tiny"), "--prompt", prompt])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[0].split()[:2] == ["[MASK]", "1"] and lines[9].split()[:2] == ["[MASK]", "2"]
+
+
+def test_sentinels_are_filled_with_what_the_decoder_writes(tmp_path, capsys):
+    t = bpe_tokenizer(TEXTS, 420)
+    run = random_run(tmp_path, {"name": "t5"}, t)
+    parts = [t.encode("The"), t.sentinels[:1], t.encode(" sat on"), t.sentinels[10:11], t.encode(" mat."), [t.eot]]
+    source = [int(token) for part in parts for token in part]
+    written = [t.pad]
+    with torch.no_grad():
+        for _ in range(12):
+            logits = run.model(torch.tensor([source]), decoder_tokens=torch.tensor([written]))
+            written.append(int(logits[0, -1, : t.n_vocab].argmax()))
+    prompt = "The <extra_id_0> sat on <extra_id_10> mat."
+    made = []
+
+    def spy(*arguments, **options):
+        for token in generate(*arguments, **options):
+            made.append(token)
+            yield token
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanopre.generate.generate", spy)
+        fill_sentinels(run.model, t, prompt, temperature=0, max_tokens=12, stop=None)
+    assert made == written[1:]
+
+    # What a model that has learnt its task writes; a sentinel that was not asked for, and tokens before the first.
+    a, b, c = t.sentinels[[0, 10, 3]].tolist()
+    script = [*t.encode(" no"), a, *t.encode(" small cat"), c, *t.encode(" dog"), b, *t.encode(" the")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanopre.generate.generate", lambda *_, **__: iter(script))
+        spans = {"<extra_id_0>": " small cat", "<extra_id_10>": " the"}
+        assert fill_sentinels(run.model, t, prompt) == spans
+        assert fill_sentinels(run.model, t, "A <extra_id_1>.") == {"<extra_id_1>": ""}
+        sample.main([str(tmp_path / "tiny"), "--prompt", prompt, "--json"])
+    assert json.loads(capsys.readouterr().out)["spans"] == spans
+
+
+@pytest.mark.parametrize("model, name", [("bert", "[MASK]"), ("t5", "<extra_id_0>")])
+def test_prompts_that_can_not_be_filled_are_refused(tmp_path, model, name):
+    random_run(tmp_path, {"name": model}, bytes_tokenizer())
+    with pytest.raises(UserError, match="the prompt has no "):
+        sample.main([str(tmp_path / "tiny"), "--prompt", "The cat"])
+    with pytest.raises(UserError, match=r"the prompt is \d+ tokens long; the model reads 48."):
+        sample.main([str(tmp_path / "tiny"), "--prompt", name + "a" * 48])
+
+
+def test_an_objective_may_say_what_a_prompt_is_for(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def answer(self, run, prompt, options):
+        asked.append((run.checkpoint.name, prompt, options["max_tokens"], options["generator"].initial_seed()))
+        return {"text": iter(["an ", "answer"]), "score": 0.5}
+
+    run = random_run(tmp_path, {"name": "bert"}, bytes_tokenizer())
+    monkeypatch.setattr(checkpoint, "open_run", lambda path: run)
+    monkeypatch.setattr(type(run.config.objective), "sample", answer, raising=False)
+    sample.main(["a run", "--prompt", "why", "--tokens", "7", "--seed", "3"])
+    assert capsys.readouterr().out == "an answer\n"
+    sample.main(["a run", "--prompt", "why", "--tokens", "7", "--seed", "3", "--json"])
+    assert json.loads(capsys.readouterr().out) == {"prompt": "why", "text": "an answer", "score": 0.5}
+    assert asked == [("step_00000000", "why", 7, 3)] * 2
+
+
+def test_json_is_a_line_a_sample(tmp_path, capsys):
+    random_run(tmp_path, {"name": "llama"}, bytes_tokenizer())
+    arguments = [str(tmp_path / "tiny"), "--prompt", "A dög", "--tokens", "9", "--num-samples", "2"]
+    sample.main(arguments)
+    plain = capsys.readouterr().out
+    sample.main([*arguments, "--json"])
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [result["prompt"] for result in results] == ["A dög"] * 2
+    assert "".join(f"--- sample {i} ---\n{result['text']}\n" for i, result in enumerate(results, 1)) == plain
