@@ -17,7 +17,7 @@ from conftest import SHARED, run_script
 from hypothesis import given, settings, strategies as st
 from test_model import gpt2, llama, qwen3, redraw
 
-from nanopre import UserError, checkpoint, config as configs, hf
+from nanopre import UserError, checkpoint, config as configs, hf, hf_families
 from nanopre.generate import generate
 from nanopre.hf_tokenizer import merges_of, read_tokenizer, write_tokenizer
 from nanopre.tokenizer import (
@@ -161,7 +161,7 @@ def test_older_configs_of_llama_are_read():
     """Before version 5, rope_theta stood by itself; the first files had no num_key_value_heads."""
     sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, vocab_size=53)
     config = {"model_type": "llama", "max_position_embeddings": 64, "rope_theta": 500_000.0, "rope_scaling": None, **sizes}
-    options, seq_len = hf.read_options(hf.LLAMA, config, "config.json")
+    options, seq_len = hf.read_options(hf_families.LLAMA, config, "config.json")
     assert (options["rope_theta"], options["n_kv_heads"], options["tie_embeddings"], seq_len) == (5e5, 0, False, 64)
     assert options["norm_eps"] == transformers.LlamaConfig().rms_norm_eps
 
@@ -202,8 +202,11 @@ def drop(source: Path, *names: str, add: dict | None = None) -> None:
 DAMAGE = {
     r"hf: there are no weights for blocks.1.mlp.up.weight": lambda s: drop(s, "model.layers.1.mlp.up_proj.weight"),
     r"hf: the tensor model.extra.weight has no place": lambda s: drop(s, add={"model.extra.weight": torch.ones(2)}),
-    r"hf: there are weights for blocks.1.attn.k.weight, which config.json's sizes leave out": lambda s: edit(
+    r"the tensor model.layers.1.*.weight has no place in nanopre's llama with the sizes of config.json": lambda s: edit(
         s / "config.json", num_hidden_layers=1
+    ),
+    r"hf: there are weights for blocks.0.attn.k.bias, which config.json's sizes leave out": lambda s: drop(
+        s, add={"model.layers.0.self_attn.k_proj.bias": torch.ones(24)}
     ),
     r"blocks.0.mlp.up.weight have the shape \(37, 24\)": lambda s: edit(s / "config.json", intermediate_size=36),
     r"lm_head.weight is not the token embedding": lambda s: edit(s / "config.json", tie_word_embeddings=True),
@@ -382,8 +385,8 @@ def renumbered(move) -> dict:
 
 PREFIX_SPACE = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
 UNREADABLE = [
-    ("not byte-level BPE", lambda: edited(model={"type": "Unigram"})),
-    ("not byte-level BPE", lambda: edited(model={"byte_fallback": True})),
+    ("neither byte-level BPE", lambda: edited(model={"type": "WordLevel"})),
+    ("neither byte-level BPE", lambda: edited(model={"byte_fallback": True})),
     ("normalizer Lowercase is not supported", lambda: edited(normalizer={"type": "Lowercase"})),
     ("pre_tokenizer is not supported", lambda: edited(pre_tokenizer={"type": "Whitespace"})),
     ("pre_tokenizer is not supported", lambda: edited(pre_tokenizer=PREFIX_SPACE)),
