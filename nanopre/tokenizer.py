@@ -130,27 +130,32 @@ class LibraryTokenizer:
         if self.eot < 0:
             raise UserError(f"{where}: has none of the tokens {', '.join(self.NAMES['eot'])}, which end a text.")
         special = {token["id"] for token in table["added_tokens"] if token["special"]}
+        self._bytes = [b""] * self.n_vocab
         self.bytes_per_token = np.zeros(self.n_vocab, dtype=np.int64)  # special tokens stand for no bytes of the text
         for token, i in vocab.items():
-            if i not in special:
-                self.bytes_per_token[i] = len(self._spelling(token))
+            self._bytes[i] = token.encode() if i in special else self._spelling(token)
+            self.bytes_per_token[i] = 0 if i in special else len(self._bytes[i])
 
     def _spelling(self, token: str) -> bytes:
-        if self.table["model"]["type"] == "WordPiece":
-            return token.removeprefix(self.table["model"]["continuing_subword_prefix"]).encode()
-        is_byte = self.table["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token)
-        return bytes.fromhex(token[3:5]) if is_byte else token.replace("\u2581", " ").encode()
+        model = self.table["model"]
+        if model["type"] == "WordPiece":
+            prefix = model["continuing_subword_prefix"]
+            return token.removeprefix(prefix).encode() if token.startswith(prefix) else f" {token}".encode()
+        if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes.fromhex(token[3:5])
+        return token.replace("\u2581", " ").encode()
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (uint32), without special tokens around them. Text that looks like a special token is plain text."""
         return np.array(self.library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text up to what the tokens do not keep: WordPiece has lost its capitals and the exact spaces."""
+        """The text, up to what the tokens do not keep: WordPiece loses spaces, and capitals where it was made so."""
         return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_bytes(self, ids: Iterable[int]) -> bytes:
-        return self.decode(ids).encode()
+        """The tokens' own bytes, one after the other: each word with a space before it, the first one too."""
+        return b"".join(self._bytes[i] for i in ids)
 
     @property
     def fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from conftest import SHARED, run_script
 from hypothesis import given, settings, strategies as st
-from test_model import gpt2, llama, qwen3, redraw
+from test_model import bert, gpt2, llama, padded_batch, qwen3, redraw, t5, t5_1_0
 
-from nanopre import UserError, checkpoint, config as configs, hf, hf_families
+from nanopre import UserError, checkpoint, config as configs, distributed, hf, hf_families
 from nanopre.generate import generate
 from nanopre.hf_tokenizer import merges_of, read_tokenizer, write_tokenizer
+from nanopre.plugins import load_plugins
 from nanopre.tokenizer import (
     SPECIAL_TOKENS,
     Tokenizer,
@@ -40,11 +42,14 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-def make_run(folder: Path, tokenizer: Tokenizer, model: dict, seq_len: int = 32) -> torch.nn.Module:
+def make_run(
+    folder: Path, tokenizer: Tokenizer, model: dict, seq_len: int = 32, objective: str = "clm"
+) -> torch.nn.Module:
     """A run with one checkpoint of random weights, as train.py would leave it."""
     table = {"name": folder.name, "out_dir": str(folder.parent), "model": model, "train": {"seq_len": seq_len}}
+    table["objective"] = {"name": objective}
     config, _ = configs.from_dict(table, "test")
-    made = redraw(config.model.build(vocab_size=-(-tokenizer.n_vocab // 64) * 64, seq_len=seq_len)).eval()
+    made = redraw(distributed.build_model(config, tokenizer)).eval()
     checkpoint.create_run(folder, config, tokenizer)
     checkpoint.save(folder, 7, made, [], {})
     return made
@@ -261,6 +266,228 @@ def test_the_command_line_imports_exports_and_reports_errors_in_one_line(tmp_pat
     result = run("export", tmp_path / "again", tmp_path / "hf")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"nanopre.hf: {tmp_path}/hf: is there already; choose a new folder.\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders and encoder-decoders
+
+STAND_INS = """
+from dataclasses import dataclass
+from nanopre import hookimpl
+
+@dataclass
+class Pairs:
+    'Nothing but what it adds to a model.'
+    def rows_per_epoch(self, split, seq_len): ...
+    def batch(self, split, rows, seq_len, seed): ...
+    def counts(self, batch, tokenizer): ...
+    def loss(self, head, h, batch): ...
+    def report(self, sums, counts): ...
+    def adapt(self, model):
+        model.head.add_output("nsp", 2, pooled=True)
+        return model
+
+@dataclass
+class Spans(Pairs):
+    'Nothing at all.'
+    def adapt(self, model):
+        return model
+
+@hookimpl
+def nanopre_objectives(register):
+"""
+
+
+@pytest.fixture
+def objectives(tmp_path, monkeypatch):
+    """Stand-ins for those objectives of imported runs that plugins/ has not."""
+    offered = load_plugins().offers("objective")
+    absent = {n: c for n, c in {"mlm_nsp": "Pairs", "span_corruption": "Spans"}.items() if n not in offered}
+    if absent:
+        file = tmp_path / "stand_ins.py"
+        file.write_text(STAND_INS + "".join(f"    register({name!r}, {cls})\n" for name, cls in absent.items()))
+        monkeypatch.setattr(configs, "load_plugins", lambda paths, where: load_plugins([*paths, str(file)], where=where))
+
+
+def outputs_of(model, batch: dict) -> tuple[torch.Tensor, ...]:
+    """Our model's logits, and those of BERT's second head where it is there."""
+
+    def outputs(head, h, _):
+        logits = head.proj(head.before_projection(h))
+        return (logits, head.output("nsp", h, pooled=True)) if "nsp" in head.outputs else (logits,)
+
+    with torch.no_grad():
+        return model(**batch, loss=outputs)
+
+
+def their_outputs(model, batch: dict) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        made = model.eval()(**batch)
+    return (made.prediction_logits, made.seq_relationship_logits) if "prediction_logits" in made else (made.logits,)
+
+
+def assert_near(made: tuple, right: tuple) -> None:
+    for output, expected in zip(made, right, strict=True):
+        assert (output - expected).abs().max() < 1e-4
+
+
+def load(auto: str, folder: Path):
+    """A model of transformers, every one of whose weights is in the folder."""
+    model, report = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model
+
+
+T5_TINY = dict(name="t5", **TINY, n_decoder_layers=3, d_head=10, relative_buckets=12, relative_distance=40)
+ENCODERS = {
+    "bert": ("AutoModelForPreTraining", "mlm_nsp", dict(name="bert", **TINY, norm_eps=1e-3)),
+    "bert without pairs": ("AutoModelForMaskedLM", "clm", dict(name="bert", **TINY)),
+    "t5 1.1": ("AutoModelForSeq2SeqLM", "span_corruption", T5_TINY),
+    "t5 1.0": ("AutoModelForSeq2SeqLM", "span_corruption", T5_TINY | dict(activation="relu", tie_embeddings=True)),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_exported_encoder_is_the_same_model_and_comes_back_the_same(name, tmp_path, objectives, capsys):
+    auto, objective, model = ENCODERS[name]
+    tokenizer = bytes_tokenizer()
+    ours = make_run(tmp_path / "run", tokenizer, model, objective=objective)
+    hf.export_model(tmp_path / "run", tmp_path / "hf")
+    theirs = load(auto, tmp_path / "hf")
+    batch, their_batch, _ = padded_batch(theirs, (3, 31, 9 if "t5" in name else 0), [31, 7, 1])
+    right = outputs_of(ours, batch)
+    assert_near(their_outputs(theirs, their_batch), right)
+    assert theirs.config.pad_token_id == tokenizer.pad
+    if "t5" in name:
+        assert theirs.config.decoder_start_token_id == theirs.generation_config.decoder_start_token_id == tokenizer.pad
+
+    hf.import_model(tmp_path / "hf", tmp_path / "again")
+    again = checkpoint.open_run(tmp_path / "again")
+    assert again.config.train.seq_len == 32
+    back = outputs_of(again.model, batch)
+    assert all(map(torch.equal, back, right))
+    note = f"nanopre.hf: {tmp_path}/hf: there are no weights for head.outputs.nsp, head.pooler: they start anew.\n"
+    assert capsys.readouterr().err.endswith(note) == (name == "bert without pairs")
+
+
+def test_an_exported_encoder_decoder_writes_the_same_text(tmp_path, objectives):
+    ours = make_run(tmp_path / "run", bytes_tokenizer(), T5_TINY, objective="span_corruption")
+    hf.export_model(tmp_path / "run", tmp_path / "hf")
+    theirs = load("AutoModelForSeq2SeqLM", tmp_path / "hf")
+    source = list(range(40, 60))
+    expected = theirs.generate(torch.tensor([source]), max_new_tokens=20, do_sample=False, eos_token_id=None)[0].tolist()
+    made = list(generate(ours, expected[:1], 20, temperature=0, source=source, n_vocab=bytes_tokenizer().n_vocab))
+    assert expected == [bytes_tokenizer().pad, *made] and len(made) == 20
+
+
+@pytest.mark.parametrize("make", [bert, t5, t5_1_0])
+def test_a_folder_of_an_encoder_is_imported_exactly(make, tmp_path, byte_tokenizer_json, objectives, capsys):
+    theirs = make(vocab_size=300).eval()
+    source = save(theirs, tmp_path / "hf", byte_tokenizer_json)
+    opened = checkpoint.open_run(hf.import_model(source, tmp_path / "run"))
+    assert opened.config.train.seq_len == (300 if make is bert else 512)
+    assert opened.config.objective._plugin_name == ("mlm_nsp" if make is bert else "span_corruption")
+    batch, their_batch, _ = padded_batch(theirs, (3, 140, 0 if make is bert else 9), [140, 7, 1])
+    assert_near(outputs_of(opened.model, batch), their_outputs(theirs, their_batch))
+    assert "head" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["BertModel", "BertForMaskedLM"])
+def test_parts_of_bert_are_imported_and_the_rest_starts_anew(part, tmp_path, byte_tokenizer_json, objectives, capsys):
+    theirs = getattr(transformers, part)(bert(vocab_size=300).config).eval()
+    source = save(theirs, tmp_path / "hf", byte_tokenizer_json)
+    opened = checkpoint.open_run(hf.import_model(source, tmp_path / "run"))
+    missing = {
+        "BertModel": "head.dense, head.dense_norm, head.proj, head.outputs.nsp",
+        "BertForMaskedLM": "head.outputs.nsp, head.pooler",
+    }[part]
+    note = f"nanopre.hf: {source}: there are no weights for {missing}: they start anew.\n"
+    assert capsys.readouterr().err.endswith(note)
+    batch, their_batch, _ = padded_batch(theirs, (3, 140, 0), [140, 7, 1])
+    with torch.no_grad():
+        right = theirs(**their_batch)
+        if part == "BertModel":
+            hidden, pooled = opened.model(**batch, loss=lambda head, h, _: (h, torch.tanh(head.pooler(h[:, 0]))))
+            assert_near((hidden, pooled), (right.last_hidden_state, right.pooler_output))
+            assert 0.015 < opened.model.head.dense.weight.std() < 0.025  # the first weights of a run
+        else:
+            assert_near(outputs_of(opened.model, batch)[:1], (right.logits,))
+
+
+def test_the_first_files_of_bert_are_read(tmp_path, byte_tokenizer_json, objectives):
+    """Google's names of norms' weights, the decoder beside what it is tied to, the buffer of positions."""
+    theirs = bert(vocab_size=300).eval()
+    source = save(theirs, tmp_path / "hf", byte_tokenizer_json)
+    tensors = {
+        re.sub("LayerNorm.weight$", "LayerNorm.gamma", re.sub("LayerNorm.bias$", "LayerNorm.beta", name)): tensor.clone()
+        for name, tensor in theirs.state_dict().items()
+    }
+    assert "cls.predictions.decoder.weight" in tensors and "bert.embeddings.LayerNorm.gamma" in tensors
+    tensors["bert.embeddings.position_ids"] = torch.arange(300)[None]
+    safetensors.torch.save_file(tensors, source / "model.safetensors")
+    opened = checkpoint.open_run(hf.import_model(source, tmp_path / "run"))
+    batch, their_batch, _ = padded_batch(theirs, (2, 20, 0), [20, 7])
+    assert_near(outputs_of(opened.model, batch), their_outputs(theirs, their_batch))
+
+
+def test_older_files_of_t5_are_read(tmp_path, byte_tokenizer_json, objectives):
+    """The embedding three times, a relative bias that nothing reads, and a config of few keys (version 1.0), or one that
+    says by tie_word_embeddings what is scaled (version 1.1)."""
+    for make in (t5_1_0, t5):
+        theirs = make(vocab_size=300, num_decoder_layers=2).eval()
+        source = save(theirs, tmp_path / make.__name__, byte_tokenizer_json)
+        shared = theirs.shared.weight
+        tensors = {**theirs.state_dict(), "encoder.embed_tokens.weight": shared, "decoder.embed_tokens.weight": shared}
+        tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(32, 4)
+        safetensors.torch.save_file({n: t.detach().clone() for n, t in tensors.items()}, source / "model.safetensors")
+        keys = ["model_type", "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"]
+        kept = {key: theirs.config.to_dict()[key] for key in keys} | {"n_positions": 200}
+        if make is t5:
+            kept |= {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}
+        (source / "config.json").write_text(json.dumps(kept))
+        opened = checkpoint.open_run(hf.import_model(source, tmp_path / "runs" / make.__name__))
+        assert opened.config.train.seq_len == 200
+        batch, their_batch, _ = padded_batch(theirs, (2, 20, 11), [20, 7])
+        assert_near(outputs_of(opened.model, batch), their_outputs(theirs, their_batch))
+
+
+@pytest.mark.parametrize(
+    "make, key, value",
+    [
+        (bert, "hidden_act", "gelu_new"),
+        (bert, "type_vocab_size", 3),
+        (bert, "position_embedding_type", "relative_key"),
+        (bert, "is_decoder", True),
+        (bert, "tie_word_embeddings", False),
+        (t5, "feed_forward_proj", "gated-silu"),
+        (t5_1_0, "feed_forward_proj", "gelu"),
+    ],
+)
+def test_what_nanopre_does_not_compute_of_an_encoder_is_refused_by_its_key(make, key, value):
+    hf_config = make().config.to_dict() | {key: value}
+    with pytest.raises(UserError, match=f"^config.json: {key} = .* is not supported"):
+        hf.read_options(hf.family_of(hf_config, "config.json"), hf_config, "config.json")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        dict(name="modern_encoder", **TINY),
+        dict(name="bert", **TINY, positions="rope"),
+    ],
+)
+def test_an_encoder_without_a_counterpart_is_not_exported(model, tmp_path):
+    make_run(tmp_path / "run", bytes_tokenizer(), model)
+    with pytest.raises(UserError, match="run: no model of transformers"):
+        hf.export_model(tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_output_that_transformers_has_not_is_not_lost_in_silence(objectives):
+    ours = hf.Transformer(load_plugins().get("model", "bert", "test")(**TINY).settings(53, 32))
+    ours.head.add_output("label", 3, pooled=True)
+    with pytest.raises(UserError, match="run: head.outputs.label.bias has no place in BertForPreTraining"):
+        hf.to_hf(hf_families.BERT, ours.state_dict(), ours.config, "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
