@@ -60,6 +60,11 @@ class Tokenizer:
             raise UserError(f"the character {c!r} (U+{ord(c):04X}) is not among the vocabulary's {len(self._ranks)}.")
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
+    def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, where each token ends in the UTF-8 text, in bytes)."""
+        ids = self.encode(text)
+        return ids, np.cumsum(self.bytes_per_token[ids])
+
     def decode(self, ids: Iterable[int]) -> str:
         return self.token_bytes(ids).decode(errors="replace")
 
@@ -148,6 +153,15 @@ class LibraryTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Ids (uint32), without special tokens around them. Text that looks like a special token is plain text."""
         return np.array(self.library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, where each token ends in the UTF-8 text, in bytes): tokens do not spell the text, so that their own
+        lengths do not tell."""
+        encoding = self.library.encode(text, add_special_tokens=False)
+        sizes = [len(c.encode()) for c in text] if not text.isascii() else np.ones(len(text), dtype=np.int64)
+        before = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+        ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
+        return np.array(encoding.ids, dtype=np.uint32), before[ends]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text, up to what the tokens do not keep: WordPiece loses spaces, and capitals where it was made so."""

