@@ -370,9 +370,8 @@ def _encode(batch: list[tuple[str, str]], tokenizer: Tokenizer) -> list[tuple[st
     outside of Python's lock, so that threads use all cores."""
     encoded = []
     for text, part in batch:
-        tokens = tokenizer.encode(text)
+        tokens, ends = tokenizer.encode_with_ends(text)
         raw = text.encode()
-        ends = np.cumsum(tokenizer.bytes_per_token[tokens])
         # A sentence starts with the first token that begins where it does or later.
         begins = np.concatenate(([0], ends[:-1]))
         starts = np.unique(np.searchsorted(begins, [0, *sentence_starts(raw)]))

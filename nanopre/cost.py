@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nanopre.model import ModelConfig
+from nanopre.model import GATED, ModelConfig
 
 # Dense bfloat16 products, FLOP/s, from the makers' data sheets (NVIDIA: A100 2020, H100/H200 2023, L4/L40S 2023, B200 2024).
 PEAK_FLOPS = {
@@ -32,28 +32,56 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
-    """How many parameters: "embedding" (tokens and learned positions), "blocks" (with the last norm), "head" (the output
-    projection, 0 where it is the token embedding), and "total"."""
-    C, kv = config.d_model, config.n_kv_heads * config.head_dim
-    gates = 3 if config.activation == "swiglu" else 2
+    """How many parameters: "embedding" (tokens, learned positions, segments and their norm), "blocks" (with the biases of
+    relative positions and the last norms), "head" (the output projection, 0 where it is the token embedding, and what
+    comes with it), and "total". What an objective adds to the model is not among them."""
+    C, H, V, n_decoder = config.d_model, config.n_heads, config.vocab_size, config.n_decoder_layers
     norm = 2 * C if config.norm == "layernorm" and config.bias else C
-    block = 2 * C * C + 2 * C * kv + gates * C * config.d_ff + 2 * norm
+    attention = sum(_attention_products(config))
+    mlp = _mlp_products(config)
     if config.bias:
-        block += 2 * C + 2 * kv + (gates - 1) * config.d_ff + C
+        attention += H * config.head_dim + 2 * config.n_kv_heads * config.head_dim + C
+        mlp += _mlp_products(config) // C - config.d_ff + C
     if config.qk_norm:
-        block += 2 * config.head_dim
+        attention += 2 * config.head_dim
+    blocks = config.n_layers * (attention + mlp + 2 * norm) + n_decoder * (2 * attention + mlp + 3 * norm)
+    stacks = 2 if config.architecture == "encoder-decoder" else 1
+    if config.positions == "relative":
+        blocks += stacks * config.relative_buckets * H
+    blocks += (stacks - 1) * norm + (0 if config.post_norm else norm)
+    rows = V + config.n_segments + (config.seq_len if config.positions == "learned" else 0)
     parts = {
-        "embedding": config.vocab_size * C + (config.seq_len * C if config.positions == "learned" else 0),
-        "blocks": config.n_layers * block + norm,
-        "head": 0 if config.tie_embeddings else config.vocab_size * C,
+        "embedding": rows * C + (norm if config.embedding_norm else 0),
+        "blocks": blocks,
+        "head": (0 if config.tie_embeddings else V * C) + (C * C + C + norm + V if config.transform else 0),
     }
     return {**parts, "total": sum(parts.values())}
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def _attention_products(config: ModelConfig) -> tuple[int, int]:
+    """Weights that multiply the tokens which ask (queries and output), and those which answer (keys and values)."""
+    return (2 * config.d_model * config.n_heads * config.head_dim, 2 * config.d_model * config.n_kv_heads * config.head_dim)
+
+
+def _mlp_products(config: ModelConfig) -> int:
+    return (3 if config.activation in GATED else 2) * config.d_model * config.d_ff
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, decoder_len: int = 0, scored: int | None = None) -> float:
     """FLOPs of one token's forward and backward pass: 6 N + 12 L H Q T (Chowdhery et al., 2022, appendix B), where N
-    counts the parameters that are multiplied: all but a lookup-only embedding. The convention counts attention as if
-    it were not causal."""
-    parts = parameters(config)
-    multiplied = parts["blocks"] + config.vocab_size * config.d_model
-    return 6 * multiplied + 12 * config.n_layers * config.d_model * seq_len
+    counts the weights that tokens are multiplied with. The convention counts attention as if it were not causal.
+
+    decoder_len: of an encoder-decoder the decoder's tokens beside `seq_len` of the encoder. A row's FLOPs, the decoder's
+        among them, are then shared out over the encoder's tokens.
+    scored: positions a row that meet the vocabulary; None: every one (of the decoder).
+    """
+    T, D, width = seq_len, decoder_len, config.n_heads * config.head_dim
+    asks, answers = _attention_products(config)
+    mlp = _mlp_products(config)
+    # Multiplications of a row in one forward pass: each costs an addition too, and two more of both in the backward pass.
+    row = config.n_layers * T * (asks + answers + mlp + 2 * width * T)
+    row += config.n_decoder_layers * (D * (2 * asks + answers + mlp + 2 * width * (D + T)) + T * answers)
+    head = config.vocab_size * config.d_model + (config.d_model**2 if config.transform else 0)
+    if scored is None:
+        scored = D if config.architecture == "encoder-decoder" else T
+    return 6 * (row + scored * head) / T

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 from nanopre import UserError
-from nanopre.tokenizer import CHARACTER_PATTERN, GPT2_PATTERN, SPECIAL_TOKENS, Tokenizer
+from nanopre.tokenizer import CHARACTER_PATTERN, GPT2_PATTERN, SPECIAL_TOKENS, LibraryTokenizer, Tokenizer
 
 # Patterns that their regular expressions (Oniguruma) write another way than ours.
 THEIRS = {CHARACTER_PATTERN: r"[\s\S]"}
@@ -37,11 +37,14 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def write_tokenizer(tokenizer: Tokenizer, n_vocab: int) -> dict[str, object]:
-    """tokenizer.json of transformers for the first `n_vocab` ids: byte-level BPE that gives text the same ids.
+def write_tokenizer(tokenizer: Tokenizer | LibraryTokenizer, n_vocab: int) -> dict[str, object]:
+    """tokenizer.json of transformers for the first `n_vocab` ids: byte-level BPE that gives text the same ids, or what
+    was read from there.
 
     Unlike ours, it reads the name of a special token in a text as that token.
     """
+    if isinstance(tokenizer, LibraryTokenizer):
+        return tokenizer.table
     pattern, ranks, character = tokenizer.encoding._pat_str, tokenizer.encoding._mergeable_ranks, byte_characters()
     specials = dict(zip(SPECIAL_TOKENS, range(tokenizer.eot, n_vocab), strict=False))
 
@@ -71,20 +74,23 @@ def write_tokenizer(tokenizer: Tokenizer, n_vocab: int) -> dict[str, object]:
     }
 
 
-def read_tokenizer(data: Mapping, eos: int | None, where: str) -> Tokenizer:
+def read_tokenizer(data: Mapping, eos: int | None, where: str) -> Tokenizer | LibraryTokenizer:
     """Our tokenizer from the content of a tokenizer.json, which `where` names: the same ids for the same text.
 
-    `eos` is the id that ends a text where no token is called <|endoftext|>. Not carried over: special tokens but this
-    one, tokens around a text, and a normalizer to NFC, which changes next to no text. Raises UserError for what is not
-    byte-level BPE, for ids in another order than ours, and for what tiktoken can't express.
+    WordPiece and Unigram stay with the library that made them. Of byte-level BPE, `eos` is the id that ends a text where
+    no token is called <|endoftext|>. Not carried over: special tokens but this one, tokens around a text, and a
+    normalizer to NFC, which changes next to no text. Raises UserError for any other kind, for ids in another order than
+    ours, and for what tiktoken can't express.
     """
 
     def refuse(problem: str) -> UserError:
         return UserError(f"{where}: {problem}; give a run's tokenizer.json with --tokenizer.")
 
     model, normalizer = data["model"], data.get("normalizer")
+    if model.get("type") in ("WordPiece", "Unigram"):
+        return LibraryTokenizer(data, where)
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        raise refuse("not byte-level BPE, the only kind that nanopre reads")
+        raise refuse("neither byte-level BPE, WordPiece nor Unigram, the kinds that nanopre reads")
     if normalizer not in (None, {"type": "NFC"}):
         raise refuse(f"normalizer {normalizer['type']} is not supported")
     pattern = split_pattern(data.get("pre_tokenizer") or {})

@@ -1,4 +1,5 @@
-"""Text to token ids and back, by tiktoken: bytes, characters, a BPE trained on the corpus, or GPT-2's."""
+"""Text to token ids and back, by tiktoken: bytes, characters, a BPE trained on the corpus, or GPT-2's; and, in models
+that were imported, WordPiece and Unigram by the library that made them."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import base64
 import binascii
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,6 +60,11 @@ class Tokenizer:
             raise UserError(f"the character {c!r} (U+{ord(c):04X}) is not among the vocabulary's {len(self._ranks)}.")
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
+    def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, where each token ends in the UTF-8 text, in bytes)."""
+        ids = self.encode(text)
+        return ids, np.cumsum(self.bytes_per_token[ids])
+
     def decode(self, ids: Iterable[int]) -> str:
         return self.token_bytes(ids).decode(errors="replace")
 
@@ -74,9 +81,12 @@ class Tokenizer:
         Path(path).write_text(json.dumps(self._table(), indent=0), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path) -> Tokenizer | LibraryTokenizer:
+        """The tokenizer of a file that either kind has saved. Raises UserError."""
         try:
             table = json.loads(Path(path).read_text(encoding="utf-8"))
+            if "model" in table:
+                return LibraryTokenizer(table, str(path))
             ranks = {base64.b64decode(token): i for i, token in enumerate(table["tokens"])}
             return cls.build(table["name"], table["pattern"], ranks)
         except OSError as error:
@@ -87,6 +97,88 @@ class Tokenizer:
     def _table(self) -> dict:
         tokens = [base64.b64encode(token).decode() for token in sorted(self._ranks, key=self._ranks.get)]
         return {"name": self.encoding.name, "pattern": self.encoding._pat_str, "tokens": tokens}
+
+
+class LibraryTokenizer:
+    """WordPiece (BERT) or Unigram (T5), which tiktoken can't express, by Hugging Face's `tokenizers`. To its users it is
+    a Tokenizer; a special token that the vocabulary lacks is -1, and without sentinels there are none."""
+
+    # What each special token is called in the vocabularies of BERT, T5 and their relatives.
+    NAMES = {
+        "eot": ("<|endoftext|>", "</s>", "[SEP]"),
+        "pad": ("[PAD]", "<pad>"),
+        "cls": ("[CLS]", "<s>"),
+        "sep": ("[SEP]", "</s>"),
+        "mask": ("[MASK]", "<mask>"),
+    }
+
+    def __init__(self, table: dict, where: str = "tokenizer.json"):
+        """`table` is the content of a tokenizer.json of that library. Raises UserError, which names `where`."""
+        try:
+            import tokenizers
+        except ModuleNotFoundError:
+            raise UserError(f"{where}: needs the package tokenizers; run: pip install 'nanopre[hf]'.") from None
+        # Truncation and padding are a batch's, not a text's.
+        self.table = {**table, "truncation": None, "padding": None}
+        try:
+            self.library = tokenizers.Tokenizer.from_str(json.dumps(self.table))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{where}: not a tokenizer that the package tokenizers reads ({error}).") from None
+        self.library.encode_special_tokens = True  # text that looks like a special token is plain text
+        vocab = self.library.get_vocab(with_added_tokens=True)
+        self.n_vocab = max(vocab.values()) + 1
+        self.eot, self.pad, self.cls, self.sep, self.mask = (
+            next((vocab[name] for name in names if name in vocab), -1) for names in self.NAMES.values()
+        )
+        sentinels = (vocab.get(f"<extra_id_{i}>") for i in range(100))
+        self.sentinels = np.array([i for i in sentinels if i is not None], dtype=np.int64)
+        if self.eot < 0:
+            raise UserError(f"{where}: has none of the tokens {', '.join(self.NAMES['eot'])}, which end a text.")
+        special = {token["id"] for token in table["added_tokens"] if token["special"]}
+        self._bytes = [b""] * self.n_vocab
+        self.bytes_per_token = np.zeros(self.n_vocab, dtype=np.int64)  # special tokens stand for no bytes of the text
+        for token, i in vocab.items():
+            self._bytes[i] = token.encode() if i in special else self._spelling(token)
+            self.bytes_per_token[i] = 0 if i in special else len(self._bytes[i])
+
+    def _spelling(self, token: str) -> bytes:
+        model = self.table["model"]
+        if model["type"] == "WordPiece":
+            prefix = model["continuing_subword_prefix"]
+            return token.removeprefix(prefix).encode() if token.startswith(prefix) else f" {token}".encode()
+        if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes.fromhex(token[3:5])
+        return token.replace("\u2581", " ").encode()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids (uint32), without special tokens around them. Text that looks like a special token is plain text."""
+        return np.array(self.library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, where each token ends in the UTF-8 text, in bytes): tokens do not spell the text, so that their own
+        lengths do not tell."""
+        encoding = self.library.encode(text, add_special_tokens=False)
+        sizes = [len(c.encode()) for c in text] if not text.isascii() else np.ones(len(text), dtype=np.int64)
+        before = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+        ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
+        return np.array(encoding.ids, dtype=np.uint32), before[ends]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text, up to what the tokens do not keep: WordPiece loses spaces, and capitals where it was made so."""
+        return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_bytes(self, ids: Iterable[int]) -> bytes:
+        """The tokens' own bytes, one after the other: each word with a space before it, the first one too."""
+        return b"".join(self._bytes[i] for i in ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """The start of a sha256 over all that decides the ids."""
+        return hashlib.sha256(json.dumps(self.table, sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Write the library's own format."""
+        Path(path).write_text(json.dumps(self.table, ensure_ascii=False), encoding="utf-8")
 
 
 def bytes_tokenizer() -> Tokenizer:

