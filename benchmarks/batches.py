@@ -18,6 +18,7 @@ import numpy as np  # noqa: E402
 
 from nanopre.config import build_plugin  # noqa: E402
 from nanopre.data import Split  # noqa: E402
+from nanopre.machine import keep_freed_memory  # noqa: E402
 from nanopre.plugins import load_plugins  # noqa: E402
 from nanopre.tokenizer import bytes_tokenizer  # noqa: E402
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512], help="seq_len of each measurement")
     parser.add_argument("--rows", type=int, default=256)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as train.py does: large arrays would pay for fresh pages each time
     split, registry = make_split(4_000_000), load_plugins([])
     for name in arguments.objectives:
         objective = build_plugin(registry, "objective", {"name": name}, "objective")

@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,11 +42,23 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def hash64(*keys: int | np.ndarray) -> np.ndarray:
     """64 random bits (uint64) for each tuple of keys, which broadcast: the finaliser of splitmix64, once a key."""
-    state = np.array(GOLDEN)
+    n_ints = next((i for i, key in enumerate(keys) if not isinstance(key, int)), len(keys))
+    return _absorb(_absorb_ints(keys[:n_ints]), keys[n_ints:])
+
+
+def _absorb(state: np.ndarray, keys: tuple) -> np.ndarray:
     for key in keys:
         x = np.array(key).astype(np.uint64)
         x += np.uint64(1)
         state = _mix(np.asarray(x + state * GOLDEN))  # of arrays, also of one number: only scalars warn when they wrap
+    return state
+
+
+@lru_cache(1024)
+def _absorb_ints(keys: tuple[int, ...]) -> np.ndarray:
+    """What seeds and streams, the same from batch to batch, make of the state."""
+    state = _absorb(np.array(GOLDEN), keys)
+    state.flags.writeable = False
     return state
 
 
@@ -67,12 +80,12 @@ def permute(index: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     """Where a permutation of range(n), chosen by `key`, puts each index: computed, not stored.
 
     A Feistel network of eight rounds over pairs (left, right) of range(a) x range(b), the halves added to by turns modulo
-    a and b (Black and Rogaway, 2002, section 5), where a = ceil(sqrt(n)) and b = ceil(n / a). An index
-    that it puts beyond n, which are fewer than a of a * b, goes through it again until it lands below.
+    a and b (Black and Rogaway, 2002, section 5). An index that it puts beyond n goes through it again until it lands
+    below: a is that near sqrt(n) for which a * b, b = ceil(n / a), is least beyond n.
     """
-    a = math.isqrt(max(n - 1, 0)) + 1
-    b = -(-n // a)
-    a, b = np.uint64(a), np.uint64(b)
+    root = math.isqrt(max(n - 1, 0)) + 1
+    divisor = min(range(root, root + min(root // 4, 64) + 1), key=lambda a: -n % a)
+    a, b, one = np.uint64(divisor), np.uint64(-(-n // divisor)), np.uint64(1)
     result = np.array(index, dtype=np.uint64)
     flat = result.reshape(-1)
     rounds = hash64(np.asarray(key).reshape(1, -1), np.arange(8)[:, None])  # (8, 1 or the number of indices)
@@ -81,8 +94,8 @@ def permute(index: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     while len(todo):
         (left, right), keys = np.divmod(flat[todo], b), rounds[:, todo]
         for r in range(0, 8, 2):  # with four, small ranges are visibly not uniform
-            left = (left + _mix(keys[r] + right) % a) % a
-            right = (right + _mix(keys[r + 1] + left) % b) % b
+            left = (left + (_mix(keys[r] + right) >> one)) % a  # 63 bits, so that the sum does not wrap
+            right = (right + (_mix(keys[r + 1] + left) >> one)) % b
         flat[todo] = left * b + right
         todo = todo[flat[todo] >= np.uint64(n)]
     return result.astype(np.int64)
@@ -108,15 +121,19 @@ class Split:
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(len(starts), length) tokens (int64) from each start on; after the split's end comes its start."""
-        if length > self.n_tokens:
-            return self.tokens[(starts[:, None] + np.arange(length)) % self.n_tokens].astype(np.int64)
-        # Rows of a view of all windows are copied whole, which is several times faster than token by token.
-        last = self.n_tokens - length
-        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, length)[np.minimum(starts, last)].astype(np.int64)
-        wraps = starts > last
-        if wraps.any():
-            windows[wraps] = self.tokens[(starts[wraps, None] + np.arange(length)) % self.n_tokens]
-        return windows
+        return self.windows(starts, length).astype(np.int64)
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """As `gather`, in the type that the tokens have on disk, which is a quarter as large."""
+        tokens, last = np.asarray(self.tokens), self.n_tokens - length
+        if last < 0:
+            return tokens[(starts[:, None] + np.arange(length)) % self.n_tokens]
+        # Whole windows are copied several times faster than token by token; only those over the end need that.
+        result = np.lib.stride_tricks.sliding_window_view(tokens, length)[np.minimum(starts, last)]
+        over = np.flatnonzero(starts > last)
+        if len(over):
+            result[over] = tokens[(starts[over, None] + np.arange(length)) % self.n_tokens]
+        return result
 
 
 @dataclass

@@ -20,6 +20,13 @@ def below(random: np.ndarray, n: int | np.ndarray) -> np.ndarray:
     return ((random.astype(np.uint64) * np.asarray(n).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 
+def select(mask: np.ndarray, a: np.ndarray | np.unsignedinteger, b: np.ndarray | np.unsignedinteger) -> np.ndarray:
+    """np.where for unsigned integers of one type, by their bits: three to five times as fast."""
+    signed = np.dtype(f"i{np.asarray(a).itemsize}")
+    bits = np.negative(mask.view(np.int8)).astype(signed).view(np.asarray(a).dtype)  # all ones where the mask is true
+    return b ^ ((a ^ b) & bits)
+
+
 @lru_cache(8)
 def ordinary_tokens(tokenizer: Tokenizer) -> np.ndarray:
     """The ids that stand for text, by which a token may be replaced; special tokens stand for none."""
@@ -58,7 +65,8 @@ def most_targets(fraction: float, seq_len: int) -> int:
 def target_counts(fraction: float, lengths: np.ndarray, maskable: np.ndarray) -> np.ndarray:
     """n (R,): the fraction of each row's tokens, [CLS] and [SEP] among them, at least one, as far as there are maskable ones
     (Devlin et al., 2019, create_pretraining_data.py)."""
-    return np.minimum(np.maximum(1, np.rint(fraction * lengths)), maskable.sum(axis=1)).astype(np.int64)
+    n_maskable = maskable.sum(axis=1, dtype=np.uint16 if maskable.shape[1] < 2**16 else np.int64)
+    return np.minimum(np.maximum(1, np.rint(fraction * lengths)), n_maskable).astype(np.int64)
 
 
 def choose_positions(random: np.ndarray, maskable: np.ndarray, k: int) -> np.ndarray:
@@ -67,8 +75,7 @@ def choose_positions(random: np.ndarray, maskable: np.ndarray, k: int) -> np.nda
     # The low bits of each key are its position. So a sort, which is ten times faster than an argsort, tells where it was.
     T = maskable.shape[1]
     mask = np.uint32((1 << max(1, (T - 1).bit_length())) - 1)
-    keys = (random & ~mask) | np.arange(T, dtype=np.uint32)
-    np.putmask(keys, ~maskable, np.uint32(0xFFFFFFFF))
+    keys = select(maskable, (random & ~mask) | np.arange(T, dtype=np.uint32), np.uint32(0xFFFFFFFF))
     keys.sort(axis=1)
     return np.minimum(keys[:, :k] & mask, T - 1).astype(np.int64)
 
@@ -133,18 +140,21 @@ def mask_tokens(
     ordinary: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(positions, targets), each (R, K): the tokens at the first counts[i] positions of row i, and in the slots behind them
-    position 0 and IGNORE. Writes, in place of each target, `mask`; with random (R, 2 K) uint32, `mask` with probability
-    0.8, a token drawn from `ordinary` with 0.1, else what was there (Devlin et al., 2019, section 3.1)."""
+    position 0 and IGNORE. Writes, in place of each target, `mask`; with random (R, K) uint32, `mask` with probability 0.8, a
+    token drawn from `ordinary` with 0.1, else what was there (Devlin et al., 2019, section 3.1)."""
     k = positions.shape[1]
     is_target = np.arange(k) < counts[:, None]
     positions = positions * is_target
     flat = positions + (np.arange(len(tokens)) * tokens.shape[1])[:, None]
     before = tokens.take(flat)
-    new = np.full_like(before, mask)
-    if random is not None:
-        action, drawn = random[:, :k], ordinary[below(random[:, k:], len(ordinary))]
-        np.copyto(new, drawn, where=action >= np.uint32(0.8 * 2**32))
-        np.copyto(new, before, where=action >= np.uint32(0.9 * 2**32))
-    np.copyto(new, before, where=~is_target)
+    new = before.copy()
+    if random is None:
+        np.copyto(new, mask, where=is_target)
+    else:
+        low, high = np.uint32(0.8 * 2**32), np.uint32(0.9 * 2**32)
+        np.copyto(new, mask, where=is_target & (random < low))
+        drawn = np.flatnonzero(is_target & (random >= low) & (random < high))
+        rest = (random.reshape(-1)[drawn] - low).astype(np.uint64)  # uniform below high - low
+        new.reshape(-1)[drawn] = ordinary[(rest * np.uint64(len(ordinary)) // np.uint64(high - low)).astype(np.int64)]
     tokens.reshape(-1)[flat] = new
     return positions, np.where(is_target, before, IGNORE)

@@ -60,8 +60,8 @@ class MaskedLM:
         rows, tokenizer = np.asarray(rows, dtype=np.int64), split.tokenizer
         k = masking.most_targets(self.mask_fraction, seq_len)
         keys = row_keys(seed, rows, 2)
-        random = random32(keys, seq_len + 2 * k + 4)
-        for_choice, for_tokens, for_pairs = np.split(random, [seq_len, seq_len + 2 * k], axis=1)
+        random = random32(keys, seq_len + k + 4)
+        for_choice, for_tokens, for_pairs = np.split(random, [seq_len, seq_len + k], axis=1)
         pairs = {}
         if self.nsp:
             tokens, lengths, maskable, pairs = self.pairs(split, rows, seq_len, seed, for_pairs, keys)
@@ -90,10 +90,10 @@ class MaskedLM:
             end = np.where(random[:, 1] < self.short_fraction * 2**32, np.minimum(shorter, end), end)
 
         # Cut at one of the sentences that begin inside; neither part is longer than a random one could be.
-        first = np.searchsorted(split.sentences, start, side="right")
-        n_cuts = np.maximum(0, np.searchsorted(split.sentences, end, side="left") - first)
+        first = np.searchsorted(windows.sentences, start, side="right")
+        n_cuts = np.maximum(0, np.searchsorted(windows.sentences, end, side="left") - first)
         has_pair = n_cuts > 0
-        cut = split.sentences.take(first + masking.below(random[:, 2], n_cuts), mode="clip")
+        cut = windows.sentences.take(first + masking.below(random[:, 2], n_cuts), mode="clip")
         cut = np.where(has_pair, cut, end)
         n_a, n_b = cut - start, np.minimum(end - cut, windows.longest_other(document))
         is_random = np.where(has_pair, (random[:, 3] & 1).astype(np.int64), IGNORE)
@@ -101,13 +101,13 @@ class MaskedLM:
         drawn = np.flatnonzero(is_random == 1)
         source[drawn] = windows.elsewhere(document[drawn], n_b[drawn], keys[drawn])
 
-        index = np.arange(seq_len)
         lengths = n_a + 2 + np.where(has_pair, n_b + 1, 0)
-        in_b, maskable = index >= (n_a + 2)[:, None], index < lengths[:, None]
-        text = np.where(in_b, (source - n_a - 2)[:, None], (start - 1)[:, None])  # where each row's tokens come from
-        text += index
-        tokens = split.tokens.take(text, mode="clip").astype(np.int64)
-        np.putmask(tokens, ~maskable, split.tokenizer.pad)
+        short = np.int16 if seq_len < 2**15 else np.int32  # comparisons run faster
+        index = np.arange(seq_len, dtype=short)
+        in_b, maskable = index >= (n_a + 2).astype(short)[:, None], index < lengths.astype(short)[:, None]
+        # Both texts where they stand in the row, with whatever stands around them in the split.
+        a, b = (split.windows(at % split.n_tokens, seq_len) for at in (start - 1, source - n_a - 2))
+        tokens = masking.select(maskable, masking.select(in_b, b, a), a.dtype.type(split.tokenizer.pad)).astype(np.int64)
         segments = (in_b & maskable).astype(np.int64)
         r, tokenizer = np.arange(len(rows)), split.tokenizer
         for column, special in ((0, tokenizer.cls), (n_a + 1, tokenizer.sep), (lengths - 1, tokenizer.sep)):
@@ -147,8 +147,9 @@ class Windows:
     TRIES = 16  # to find a text elsewhere, before the longest document gives it
 
     def __init__(self, split: Split, length: int):
-        self.split, self.length = split, length
-        self.sizes = np.diff(split.documents) - 1  # without <|endoftext|>
+        self.length = length
+        self.documents, self.sentences = np.asarray(split.documents), np.asarray(split.sentences)
+        self.sizes = np.diff(self.documents) - 1  # without <|endoftext|>
         if (self.sizes > 0).sum() < 2:
             raise UserError(
                 f"objective.nsp = true needs two documents or more with text in them, for pairs that do not belong together; "
@@ -167,7 +168,7 @@ class Windows:
             windows, beyond = permute(places, self.n, hash64(seed, 4, epochs)), False
         document = np.searchsorted(self.ends, windows, side="right")
         before = -(-self.sizes[document] // self.length)  # windows left from the document's first on
-        first = self.split.documents[document]
+        first = self.documents[document]
         start = first + (windows - self.ends[document] + before) * self.length
         end = np.minimum(start + self.length, first + self.sizes[document])
         return document, start, np.where(beyond, start, end)
@@ -178,7 +179,7 @@ class Windows:
 
     def elsewhere(self, document: np.ndarray, n: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Where a text of n tokens begins, uniform among the sentences of other documents that have as many after them."""
-        documents, sentences = self.split.documents, self.split.sentences
+        documents, sentences = self.documents, self.sentences
         found = documents[np.where(document == self.longest, self.second, self.longest)]  # if no draw fits
         todo = np.arange(len(n))
         for attempt in range(self.TRIES):

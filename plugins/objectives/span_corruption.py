@@ -50,7 +50,7 @@ class SpanCorruption:
                 "raise mean_span_length, or lower noise_density or train.seq_len."
             )
         starts = rows * length if seed is None else window_starts(split, rows, length, seed)
-        text = split.gather(starts % split.n_tokens, length)
+        text = split.windows(starts % split.n_tokens, length)
         kept_edges = composition(row_keys(seed, rows, 0), length - noise, spans)
         noise_edges = composition(row_keys(seed, rows, 1), noise, spans)
         first, last = interleave(kept_edges, noise_edges)
