@@ -179,7 +179,7 @@ def test_outputs_of_another_width_start_anew(tuning, tmp_path, capsys):
 
 
 def test_a_task_that_can_be_learnt_is_learnt_and_the_model_labels(tuning, tmp_path, capsys):
-    train.main([*tuning, "--train.steps=120", "--train.eval_interval=60"])
+    train.main([*tuning, "--init_weights=false", "--model.dropout=0.0", "--train.steps=300", "--train.eval_interval=150"])
     steps, evaluations = read_log(tmp_path / "runs" / "tuned")
     assert evaluations[-1]["val_accuracy"] > 0.95 and evaluations[-1]["val_macro_f1"] > 0.95
     assert {"loss", "accuracy", "macro_f1"} <= set(steps[-1])
@@ -284,7 +284,7 @@ def test_the_metrics_are_those_of_the_formulas(pairs, n_parts):
             (counts, objective.counts({"classes": classes.numpy()}, None)),
         ):
             for key, value in part.items():
-                total[key] = total.get(key, 0) + value.item() if torch.is_tensor(value) else value
+                total[key] = total.get(key, 0) + (value.item() if torch.is_tensor(value) else value)
     assert set(sums) == set(counts)
     report = objective.report(sums, counts)
 
