@@ -76,16 +76,22 @@ def random32(keys: np.ndarray, n: int) -> np.ndarray:
     return x.astype("<u8", copy=False).view(np.uint32)[:, :n]
 
 
+@lru_cache(64)
+def _sides(n: int) -> tuple[int, int]:
+    """(a, b) near sqrt(n), of which a * b is least beyond n."""
+    root = math.isqrt(max(n - 1, 0)) + 1
+    a = min(range(root, root + min(root // 4, 64) + 1), key=lambda a: -n % a)
+    return a, -(-n // a)
+
+
 def permute(index: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     """Where a permutation of range(n), chosen by `key`, puts each index: computed, not stored.
 
     A Feistel network of eight rounds over pairs (left, right) of range(a) x range(b), the halves added to by turns modulo
     a and b (Black and Rogaway, 2002, section 5). An index that it puts beyond n goes through it again until it lands
-    below: a is that near sqrt(n) for which a * b, b = ceil(n / a), is least beyond n.
+    below.
     """
-    root = math.isqrt(max(n - 1, 0)) + 1
-    divisor = min(range(root, root + min(root // 4, 64) + 1), key=lambda a: -n % a)
-    a, b, one = np.uint64(divisor), np.uint64(-(-n // divisor)), np.uint64(1)
+    a, b, one = *map(np.uint64, _sides(n)), np.uint64(1)
     result = np.array(index, dtype=np.uint64)
     flat = result.reshape(-1)
     rounds = hash64(np.asarray(key).reshape(1, -1), np.arange(8)[:, None])  # (8, 1 or the number of indices)

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from nanopre import UserError
 from nanopre.data import Split, window_starts
 from nanopre.loss import IGNORE
 from nanopre.tokenizer import Tokenizer
@@ -40,6 +41,8 @@ def full_sentences(split: Split, rows: np.ndarray, seq_len: int, seed: int | Non
     With seed None, evaluation, the rows follow each other through the split once, and rows beyond hold no text.
     """
     tokenizer, length = split.tokenizer, seq_len - 2
+    if length < 1:
+        raise UserError(f"train.seq_len = {seq_len} leaves no room between [CLS] and [SEP]; take 3 or more.")
     starts = rows * length if seed is None else window_starts(split, rows, length, seed)
     text = split.gather(starts % split.n_tokens, length)
     n = np.full(len(rows), length) if seed is not None else np.clip(split.n_tokens - starts, 0, length)
@@ -101,7 +104,7 @@ def choose_words(
     words = np.arange(R)[:, None] * T + head
     sizes = np.bincount(words[left], minlength=R * T)[words]  # of each token's word
     offsets = order - head  # within it
-    chosen = left & (offsets < k) & (head == head[:, :1]) & (sizes[:, :1] > n[:, None])
+    chosen = left & (offsets < k) & (head == head[:, :1])
     chosen &= ~(left & (sizes <= n[:, None])).any(axis=1, keepdims=True)  # only where no word fits
     budget = np.where(chosen.any(axis=1), 0, n)
     while True:  # each round takes words up to the first that is too long; seldom more than four rounds

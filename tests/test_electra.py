@@ -75,7 +75,6 @@ def test_both_losses_are_those_of_a_plain_computation(split, family, seed):
         seen.update(given, h=h)
         return o.loss(head, h, given)
 
-    torch.manual_seed(5)
     sums = model(**batch, loss=spy)
     counts = o.counts(arrays, split.tokenizer)
     metrics = o.report({key: value.item() for key, value in sums.items()}, counts)
@@ -89,7 +88,6 @@ def test_both_losses_are_those_of_a_plain_computation(split, family, seed):
     assert metrics["generator_loss"] == pytest.approx(expected, rel=1e-5)
 
     # The discriminator on the generator's samples, token by token.
-    torch.manual_seed(5)
     filled = {}
     generator(**inputs, loss=lambda head, h, _: filled.update(model.generate(head, h, batch)) or {})
     tokens, total, right, fakes, n_tokens = batch["tokens"].clone(), 0.0, 0, 0, 0
@@ -122,10 +120,10 @@ def test_both_losses_are_those_of_a_plain_computation(split, family, seed):
 def test_a_sample_that_hits_the_original_is_real(split):
     o = objective()
     model, batch = adapted(o), tensors(o.batch(split, np.arange(8), 24, 3))
-    model.sample = lambda head, h: batch["targets"].clamp(min=0)  # a generator that is always right
+    model.sample = lambda head, h, uniform: batch["targets"].clamp(min=0)  # a generator that is always right
     sums = model(**batch, loss=o.loss)
     assert sums["fakes"] == 0
-    model.sample = lambda head, h: (batch["targets"] + 1).clamp(min=0)  # never right
+    model.sample = lambda head, h, uniform: (batch["targets"] + 1).clamp(min=0)  # never right
     assert model(**batch, loss=o.loss)["fakes"] == (batch["targets"] != IGNORE).sum()
 
 
@@ -136,20 +134,32 @@ def test_samples_follow_the_generators_distribution():
     with torch.no_grad():
         head.proj.bias.copy_(torch.randn(384, generator=torch.Generator().manual_seed(1)) * 2)
         p = head.proj(head.before_projection(h)).softmax(-1).flatten()
-    torch.manual_seed(0)
-    samples = model.sample(head, h.expand(20_000, 1, -1)).flatten()
+    uniform = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(2))
+    samples = model.sample(head, h.expand(20_000, 1, -1), uniform).flatten()
     counts = torch.bincount(samples, minlength=384)
     common = p > 2e-3  # at least 40 expected each
     error = (counts[common] - 20_000 * p[common]) / (20_000 * p[common] * (1 - p[common])).sqrt()
     assert common.sum() > 30
     assert error.abs().max() < 4.5
-    torch.manual_seed(0)
-    assert (samples == model.sample(head, h.expand(20_000, 1, -1)).flatten()).all()  # the seed decides
-    assert (samples != model.sample(head, h.expand(20_000, 1, -1)).flatten()).any()
-    model.eval()
-    torch.manual_seed(3)
-    first = model.sample(head, h.expand(500, 1, -1))
-    assert (first == model.sample(head, h.expand(500, 1, -1))).all()  # an evaluation is the same each time
+    ends = model.sample(head, h.expand(2, 1, -1), torch.tensor([[0.0], [1 - 2**-24]])).flatten()
+    assert (p[ends] > 0).all()
+
+
+def test_samples_depend_on_the_seed_and_the_row_alone(split):
+    o = objective()
+    model = adapted(o)
+
+    def made(rows, seed):
+        batch, seen = tensors(o.batch(split, rows, 24, seed)), {}
+        model(**batch, loss=lambda head, h, given: seen.update(given) or {})
+        return seen["fake"]
+
+    for seed in (3, None):
+        together = made(np.arange(8), seed)
+        assert (together == torch.cat([made(np.array([i]), seed) for i in range(8)])).all()
+    uniform = o.batch(split, np.arange(4000), 24, 3)["uniform"]
+    assert 0 <= uniform.min() < 0.001 < 0.999 < uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 4 * (1 / 12 / uniform.size) ** 0.5
 
 
 def test_gradients_go_where_they_should(split):

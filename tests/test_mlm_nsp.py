@@ -289,8 +289,6 @@ def test_short_documents_leak_no_label_by_length():
 
 def test_one_row_in_ten_is_short_in_training_and_none_in_evaluation():
     split = unique_split([[2] * 5000, [2] * 5000])
-    full = split.n_tokens // 61
-    lengths = objective().batch(split, np.arange(4000) % full + 10 * full, 64, 1)["visible"]
     rows = np.arange(4000)
     lengths = objective().batch(split, rows, 64, 1)["visible"]
     short = lengths < 63
@@ -311,6 +309,14 @@ def test_one_document_gives_no_pairs(documents):
         with pytest.raises(UserError, match=r"two documents or more.*objective\.nsp = false"):
             ask(objective())
     assert objective(nsp=False).batch(split, np.arange(2), 16, 1)["tokens"].shape == (2, 16)
+
+
+@pytest.mark.parametrize(("nsp", "least"), [(True, 5), (False, 3)])
+def test_a_row_has_room_for_its_special_tokens(nsp, least):
+    split, o = unique_split([[9], [9]]), objective(nsp=nsp)
+    assert o.batch(split, np.arange(2), least, 1)["tokens"].shape == (2, least)
+    with pytest.raises(UserError, match=f"take {least} or more"):
+        o.batch(split, np.arange(2), least - 1, 1)
 
 
 def test_impossible_settings_are_refused():
@@ -408,7 +414,7 @@ def test_the_loss_is_the_mean_over_targets_plus_the_mean_over_pairs(model, nsp, 
     arrays = o.batch(split, np.arange(n - 4, n + 4), 32, seed)  # with seed None four rows are beyond the end
     batch = {key: torch.from_numpy(array) for key, array in arrays.items()}
     sums, counts = model(**batch, loss=o.loss), o.counts(arrays, split.tokenizer)
-    metrics = o.report({key: float(value) for key, value in sums.items()}, counts)
+    metrics = o.report({key: value.item() for key, value in sums.items()}, counts)
 
     hidden = {}
     inputs = {key: batch[key] for key in ("tokens", "visible", "segments") if key in batch}

@@ -45,14 +45,17 @@ class Electra:
 
     def batch(self, split: Split, rows: np.ndarray, seq_len: int, seed: int | None) -> dict[str, np.ndarray]:
         """Rows of running text, [CLS] text [SEP]: tokens (R, T), in which [MASK] stands at the targets' positions; visible
-        (R,); positions and targets (R, K), IGNORE beyond the row's own number."""
+        (R,); positions and targets (R, K), IGNORE beyond the row's own number; uniform (R, K) numbers in [0, 1), from which the
+        generator's samples follow, so that neither the layout nor torch's generators have a part in them."""
         rows = np.asarray(rows, dtype=np.int64)
         tokens, lengths, maskable = masking.full_sentences(split, rows, seq_len, seed)
         n = masking.target_counts(self.mask_fraction, lengths, maskable)
-        random = random32(row_keys(seed, rows, 2), seq_len)
-        positions = masking.choose_positions(random, maskable, masking.most_targets(self.mask_fraction, seq_len))
+        k = masking.most_targets(self.mask_fraction, seq_len)
+        random = random32(row_keys(seed, rows, 2), seq_len + k)
+        positions = masking.choose_positions(random[:, :seq_len], maskable, k)
         positions, targets = masking.mask_tokens(tokens, positions, n, split.tokenizer.mask)
-        return {"tokens": tokens, "visible": lengths, "positions": positions, "targets": targets}
+        uniform = (random[:, seq_len:] >> 8).astype(np.float32) / np.float32(2**24)
+        return {"tokens": tokens, "visible": lengths, "positions": positions, "targets": targets, "uniform": uniform}
 
     def counts(self, batch: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, float]:
         """How many masked tokens, and how many tokens of rows that have such."""
@@ -121,18 +124,17 @@ class Discriminator(Transformer):
     def generate(self, head, h: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The generator's sum of losses, and a token drawn from what it predicts at each position, (R, K)."""
         h = h.gather(1, batch["positions"].unsqueeze(-1).expand(-1, -1, h.shape[-1]))
-        return {"generator": head.cross_entropy(h, batch["targets"]), "samples": self.sample(head, h)}
+        return {"generator": head.cross_entropy(h, batch["targets"]), "samples": self.sample(head, h, batch["uniform"])}
 
     @torch.no_grad()
-    def sample(self, head, h: Tensor) -> Tensor:
-        """From torch's generator in training, which train.py seeds at each step; always the same draws in evaluation."""
-        generator = None if self.training else torch.Generator(h.device).manual_seed(0)
-        samples = []
-        for part in head.before_projection(h.flatten(0, 1)).split(max(1, 2**24 // head.proj.out_features)):
-            p = head.proj(part).float().softmax(dim=-1)
-            # The exponential race: argmin of E / p with E exponential is i with probability p[i].
-            samples.append((p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1))
-        return torch.cat(samples).view(h.shape[:2])
+    def sample(self, head, h: Tensor, uniform: Tensor) -> Tensor:
+        """The token (R, K) in which each uniform number falls, where tokens divide 0 .. 1 by their probabilities."""
+        rows, samples = max(1, 2**24 // head.proj.out_features), []  # 64 MiB of logits at a time, as in the loss
+        h = head.before_projection(h.flatten(0, 1))
+        for part, u in zip(h.split(rows), uniform.reshape(-1, 1).split(rows), strict=True):
+            ends = head.proj(part).float().softmax(dim=-1).cumsum(dim=-1)
+            samples.append(torch.searchsorted(ends, u * ends[:, -1:], right=True).clamp(max=ends.shape[1] - 1))
+        return torch.cat(samples).view(uniform.shape)
 
     def init_std(self, name: str) -> float | None:
         part, _, rest = name.partition(".")

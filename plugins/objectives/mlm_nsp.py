@@ -106,7 +106,8 @@ class MaskedLM:
         index = np.arange(seq_len, dtype=short)
         in_b, maskable = index >= (n_a + 2).astype(short)[:, None], index < lengths.astype(short)[:, None]
         # Both texts where they stand in the row, with whatever stands around them in the split.
-        a, b = (split.windows(at % split.n_tokens, seq_len) for at in (start - 1, source - n_a - 2))
+        both = split.windows(np.concatenate((start - 1, source - n_a - 2)) % split.n_tokens, seq_len)
+        a, b = both[: len(rows)], both[len(rows) :]
         tokens = masking.select(maskable, masking.select(in_b, b, a), a.dtype.type(split.tokenizer.pad)).astype(np.int64)
         segments = (in_b & maskable).astype(np.int64)
         r, tokenizer = np.arange(len(rows)), split.tokenizer
@@ -147,6 +148,8 @@ class Windows:
     TRIES = 16  # to find a text elsewhere, before the longest document gives it
 
     def __init__(self, split: Split, length: int):
+        if length < 2:
+            raise UserError(f"train.seq_len = {length + 3} is too short for [CLS] A [SEP] B [SEP]; take 5 or more.")
         self.length = length
         self.documents, self.sentences = np.asarray(split.documents), np.asarray(split.sentences)
         self.sizes = np.diff(self.documents) - 1  # without <|endoftext|>
