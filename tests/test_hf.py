@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -484,6 +485,30 @@ def test_an_encoder_without_a_counterpart_is_not_exported(model, tmp_path):
     with pytest.raises(UserError, match="run: no model of transformers"):
         hf.export_model(tmp_path / "run", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+FAMILY_OF = {"gpt2": "gpt2", "llama": "llama", "qk_norm": "qwen3", "bert": "bert", "t5 1.1": "t5", "t5 1.0": "t5"}
+FOREIGN_TO_ALL = [
+    dict(scale_attention=None),
+    dict(post_norm=None),
+    dict(n_segments=3),
+    dict(transform=None),
+    dict(scale_logits=None),
+    dict(activation="geglu"),
+    dict(n_kv_heads=1, qk_norm=True, bias=True),
+    dict(d_head=10, n_segments=1),
+]
+
+
+@pytest.mark.parametrize("name", FAMILY_OF)
+def test_a_model_is_exported_as_its_own_family_or_not_at_all(name):
+    options = dict(MODELS[name] if name in MODELS else ENCODERS[name][2])
+    made = load_plugins().get("model", options.pop("name"), "test")(**options).settings(53, 32)
+    assert hf.family_for(made, "run").kind == FAMILY_OF[name]
+    for changes in FOREIGN_TO_ALL:  # None: the other of true and false
+        changed = {key: (not getattr(made, key)) if value is None else value for key, value in changes.items()}
+        with pytest.raises(UserError, match="run: no model of transformers"):
+            hf.family_for(replace(made, **changed), "run")
 
 
 def test_an_output_that_transformers_has_not_is_not_lost_in_silence(objectives):
