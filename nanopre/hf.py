@@ -99,15 +99,13 @@ def write_options(family: Family, config: ModelConfig) -> dict[str, object]:
 def family_for(config: ModelConfig, where: str) -> Family:
     """The family that computes what a model of ours does. Raises UserError where transformers has none."""
     usual = {f.name: f.default for f in fields(ModelConfig) if f.default is not MISSING}
-    plain_heads = config.head_dim * config.n_heads == config.d_model
-    usual |= {"n_kv_heads": config.n_heads, "d_head": config.d_head if plain_heads else 0}
+    usual |= {"n_kv_heads": config.n_heads, "dropout": config.dropout}
+    if config.head_dim * config.n_heads == config.d_model:
+        usual["d_head"] = config.d_head  # the usual width, in so many words
     for family in (*FAMILIES.values(), T5_GATED):
-        scaled = {"scale_logits": config.tie_embeddings} if family.kind == "t5" else {}
-        wanted = {**usual, **scaled, **family.settings}
-        free = {*family.options, "dropout"} - set(family.values)
-        if all(getattr(config, name) == value for name, value in wanted.items() if name not in free) and all(
-            getattr(config, option) in values.values() for option, values in family.values.items()
-        ):
+        wanted = usual | family.settings | ({"scale_logits": config.tie_embeddings} if family.kind == "t5" else {})
+        fits = all(getattr(config, name) == value for name, value in wanted.items() if name not in family.options)
+        if fits and all(getattr(config, option) in table.values() for option, table in family.values.items()):
             return family
     raise UserError(f"{where}: no model of transformers has this combination of positions, norm, MLP and biases.")
 

@@ -121,11 +121,12 @@ class LibraryTokenizer:
         # Truncation and padding are a batch's, not a text's.
         self.table = {**table, "truncation": None, "padding": None}
         try:
-            self.library = tokenizers.Tokenizer.from_str(json.dumps(self.table))
+            self._decoder = tokenizers.Tokenizer.from_str(json.dumps(self.table))
+            self._encoder = tokenizers.Tokenizer.from_str(json.dumps(self._without_special_tokens()))
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{where}: not a tokenizer that the package tokenizers reads ({error}).") from None
-        self.library.encode_special_tokens = True  # text that looks like a special token is plain text
-        vocab = self.library.get_vocab(with_added_tokens=True)
+        self._encoder.encode_special_tokens = True  # which means as plain text
+        vocab = self._decoder.get_vocab(with_added_tokens=True)
         self.n_vocab = max(vocab.values()) + 1
         self.eot, self.pad, self.cls, self.sep, self.mask = (
             next((vocab[name] for name in names if name in vocab), -1) for names in self.NAMES.values()
@@ -141,6 +142,25 @@ class LibraryTokenizer:
             self._bytes[i] = token.encode() if i in special else self._spelling(token)
             self.bytes_per_token[i] = 0 if i in special else len(self._bytes[i])
 
+    def _without_special_tokens(self) -> dict:
+        """The table with each special token of the model's own vocabulary under a name that no text has: Unigram would
+        find a </s> in a text by itself. Those beside that vocabulary stay, so that ids do not move."""
+        model = self.table["model"]
+        names = model["vocab"] if isinstance(model["vocab"], dict) else {name for name, _ in model["vocab"]}
+        added = self.table["added_tokens"]
+        hidden = {token["content"] for token in added if token["special"] and token["content"] in names}
+        hidden.discard(model.get("unk_token"))
+
+        def rename(name: str) -> str:
+            return f"{name}\uffff" if name in hidden else name
+
+        if isinstance(model["vocab"], dict):
+            vocab = {rename(name): i for name, i in model["vocab"].items()}
+        else:
+            vocab = [[rename(name), score] for name, score in model["vocab"]]
+        visible = [token for token in added if token["content"] not in hidden]
+        return {**self.table, "model": {**model, "vocab": vocab}, "added_tokens": visible, "post_processor": None}
+
     def _spelling(self, token: str) -> bytes:
         model = self.table["model"]
         if model["type"] == "WordPiece":
@@ -152,12 +172,12 @@ class LibraryTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (uint32), without special tokens around them. Text that looks like a special token is plain text."""
-        return np.array(self.library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return np.array(self._encoder.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """(ids, where each token ends in the UTF-8 text, in bytes): tokens do not spell the text, so that their own
         lengths do not tell."""
-        encoding = self.library.encode(text, add_special_tokens=False)
+        encoding = self._encoder.encode(text, add_special_tokens=False)
         sizes = [len(c.encode()) for c in text] if not text.isascii() else np.ones(len(text), dtype=np.int64)
         before = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
         ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
@@ -165,7 +185,7 @@ class LibraryTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text, up to what the tokens do not keep: WordPiece loses spaces, and capitals where it was made so."""
-        return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self._decoder.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_bytes(self, ids: Iterable[int]) -> bytes:
         """The tokens' own bytes, one after the other: each word with a space before it, the first one too."""

@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from hypothesis import given, settings, strategies as st
 from test_model import bert, gpt2, llama, padded_batch, qwen3, redraw, t5, t5_1_0
 
 from nanopre import UserError, checkpoint, config as configs, distributed, hf, hf_families
+from nanopre.corpus import _encode
 from nanopre.generate import generate
 from nanopre.hf_tokenizer import merges_of, read_tokenizer, write_tokenizer
 from nanopre.plugins import load_plugins
@@ -485,6 +487,30 @@ def test_an_encoder_without_a_counterpart_is_not_exported(model, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+FAMILY_OF = {"gpt2": "gpt2", "llama": "llama", "qk_norm": "qwen3", "bert": "bert", "t5 1.1": "t5", "t5 1.0": "t5"}
+FOREIGN_TO_ALL = [
+    dict(scale_attention=None),
+    dict(post_norm=None),
+    dict(n_segments=3),
+    dict(transform=None),
+    dict(scale_logits=None),
+    dict(activation="geglu"),
+    dict(n_kv_heads=1, qk_norm=True, bias=True),
+    dict(d_head=10, n_segments=1),
+]
+
+
+@pytest.mark.parametrize("name", FAMILY_OF)
+def test_a_model_is_exported_as_its_own_family_or_not_at_all(name):
+    options = dict(MODELS[name] if name in MODELS else ENCODERS[name][2])
+    made = load_plugins().get("model", options.pop("name"), "test")(**options).settings(53, 32)
+    assert hf.family_for(made, "run").kind == FAMILY_OF[name]
+    for changes in FOREIGN_TO_ALL:  # None: the other of true and false
+        changed = {key: (not getattr(made, key)) if value is None else value for key, value in changes.items()}
+        with pytest.raises(UserError, match="run: no model of transformers"):
+            hf.family_for(replace(made, **changed), "run")
+
+
 def test_an_output_that_transformers_has_not_is_not_lost_in_silence(objectives):
     ours = hf.Transformer(load_plugins().get("model", "bert", "test")(**TINY).settings(53, 32))
     ours.head.add_output("label", 3, pooled=True)
@@ -695,6 +721,15 @@ def test_tokens_of_wordpiece_and_unigram_end_where_they_do_in_the_text(library, 
     assert ends.tolist() == [len(text[:end].encode()) for end in ends_in_characters]
 
 
+def test_sentences_begin_with_their_first_token(library):
+    """Though tokens of WordPiece do not spell the white space, and both are lost for unknown characters."""
+    sentences = ["The cat sees a bird.", "It's   naïve: 漢字!", '"A house," said 1 cat (or 2).', "Birds."]
+    ((part, tokens, starts, n_bytes),) = _encode([(" ".join(sentences), "train")], library[2])
+    assert part == "train" and tokens[-1] == library[2].eot and n_bytes == len(" ".join(sentences).encode())
+    pieces = np.split(tokens[:-1], starts[1:])
+    assert [piece.tolist() for piece in pieces] == [library[2].encode(sentence).tolist() for sentence in sentences]
+
+
 def test_wordpiece_and_unigram_are_tokenizers_like_ours(library, tmp_path):
     kind, theirs, ours = library
     roles = {"wordpiece": ("[SEP]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"), "unigram": ("</s>", "<pad>", None, "</s>", None)}
@@ -709,7 +744,9 @@ def test_wordpiece_and_unigram_are_tokenizers_like_ours(library, tmp_path):
     text = "the cat sees birds"
     assert ours.token_bytes(ours.encode(text)) == b" " + text.encode()
     assert ours.decode(ours.encode(text)) == text
-    assert not special & set(ours.encode(f"the{'[SEP]' if kind == 'wordpiece' else '</s>'}cat").tolist()) - {1, 2}
+    end = theirs.id_to_token(ours.eot)
+    assert ours.eot in theirs.encode(f"the{end}cat", add_special_tokens=False).ids
+    assert ours.eot not in ours.encode(f"the{end}cat")  # text that looks like a special token is plain text
 
     ours.save(tmp_path / "tokenizer.json")
     again = Tokenizer.load(tmp_path / "tokenizer.json")
@@ -892,7 +929,9 @@ def test_a_real_encoder_reads_sentences_as_in_transformers(minilm_folder, tmp_pa
     assert visible.min() < visible.max()
     with torch.no_grad():
         h = run.model(inputs["input_ids"], visible=visible, loss=lambda head, h, _: h)
-        assert (h - theirs(**inputs).last_hidden_state).abs().max() < 1e-4
+        assert (h - theirs(**inputs).last_hidden_state)[inputs["attention_mask"].bool()].abs().max() < 1e-5
+        exact = run.model.double()(inputs["input_ids"], visible=visible, loss=lambda head, h, _: h)
+        assert (exact - theirs.double()(**inputs).last_hidden_state).abs().max() < 1e-12  # of padding too
     # Mean pooling, as the model was trained: eating is nearer to eating than to carrying.
     mask = inputs["attention_mask"].unsqueeze(2)
     means = F.normalize((h * mask).sum(1) / mask.sum(1), dim=1)
