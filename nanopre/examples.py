@@ -58,6 +58,7 @@ def prepare(config: configs.Config, registry: Registry, tokenizer: Tokenizer | N
         val = read(Source(config.data.val_corpus, "data.val_corpus", config, registry), columns)
     else:
         train, val = split(train, config.data.val_fraction)
+    val.sort(key=digest)  # files are often sorted by class: `train.eval_tokens` shall take a fair part
     fingerprints = [digest(columns, train), digest(columns, val)]
     if tokenizer is None:
         # Each text once, or the labels would be the tokenizer's commonest words.
@@ -77,8 +78,8 @@ def split(records: list[Record], val_fraction: float) -> tuple[list[Record], lis
     limit = val_fraction
     if val_fraction and len(np.unique(draws)) > 1:
         limit = np.clip(limit, np.nextafter(draws.min(), 1), draws.max())
-    parts = (draws >= limit, draws < limit)
-    return tuple([records[i] for i in np.flatnonzero(part)] for part in parts)
+    train, val = ([records[i] for i in np.flatnonzero(part)] for part in (draws >= limit, draws < limit))
+    return train, val
 
 
 def _examples(records: list[Record], columns: list[str], tokenizer: Tokenizer) -> Examples:

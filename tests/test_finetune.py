@@ -163,6 +163,21 @@ def test_a_run_needs_nothing_of_the_run_that_it_started_from(pretrained, tuning,
     assert json.loads(capsys.readouterr().out)["label"] in ("CAT", "DOG", "HORSE")
 
 
+def test_pre_training_goes_on_with_other_text_and_the_same_tokenizer(tiny, tmp_path):
+    bpe = ["--tokenizer.name=bpe", "--tokenizer.vocab_size=380"]
+    train.main([*tiny, *bpe, "--train.steps=60"])
+    (tmp_path / "other.txt").write_text("A dog sees a big bird and a small cat. " * 200)
+    config = tmp_path / "on.toml"
+    config.write_text("\n".join(line for line in open(tiny[0]) if "tokenizer =" not in line))
+    train.main([str(config), f"--init_from={tmp_path}/runs/tiny", f"--data.corpus={tmp_path}/other.txt", "--name=on",
+                "--data.val_fraction=0.0", "--train.steps=1"])  # fmt: skip
+    (first, *_), _ = read_log(tmp_path / "runs" / "tiny")
+    (on,), _ = read_log(tmp_path / "runs" / "on")
+    assert on["loss"] < first["loss"] - 1
+    old, new = (checkpoint.read_tokenizer(tmp_path / "runs" / name) for name in ("tiny", "on"))
+    assert old.fingerprint == new.fingerprint
+
+
 def test_outputs_of_another_width_start_anew(tuning, tmp_path, capsys):
     train.main(tuning)
     two = tmp_path / "two.tsv"
