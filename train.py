@@ -119,7 +119,6 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         share = c.batch_size // world.size  # rows of the global batch on this rank,
         micro = c.micro_batch_size or share  # of which so many go through the model at once
         n_parameters = sum(p.numel() for p in model.parameters())
-        flops_per_token = cost.flops_per_token(model.config, c.seq_len)
         peak_flops = cost.peak_flops(here.device, here.precision)
 
         def load_rows(split, rows: np.ndarray, seed: int | None):
@@ -244,7 +243,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
                         **progress,
                     }
                     if peak_flops:
-                        metrics["mfu"] = flops_per_token * tokens_per_step / seconds / (peak_flops * world.size)
+                        metrics["mfu"] = cost.flops(model.config, batch) / seconds / peak_flops
                     plugins.hook.nanopre_step_end(run=run, step=done, metrics=metrics)
 
                     last = done == c.steps or stopping

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from nanopre.model import GATED, ModelConfig
 
@@ -85,3 +86,12 @@ def flops_per_token(config: ModelConfig, seq_len: int, decoder_len: int = 0, sco
     if scored is None:
         scored = D if config.architecture == "encoder-decoder" else T
     return 6 * (row + scored * head) / T
+
+
+def flops(config: ModelConfig, batch: dict[str, Tensor]) -> float:
+    """FLOPs of a forward and backward pass over a batch: its widths tell how many tokens a row has, how many its decoder
+    has, and how many positions meet the vocabulary."""
+    B, T = batch["tokens"].shape
+    decoder_len = batch["decoder_tokens"].shape[1] if "decoder_tokens" in batch else 0
+    scored = batch["positions"].shape[1] if "positions" in batch else None
+    return B * T * flops_per_token(config, T, decoder_len, scored)

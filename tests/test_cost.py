@@ -116,3 +116,12 @@ def test_flops_follow_the_published_formula():
 
 def test_mfu_needs_a_known_peak():
     assert cost.peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_flops_of_a_batch_are_read_from_its_widths(plugins):
+    config = plugins.get("model", "t5", "test")(d_model=32, n_layers=2, n_heads=2, d_head=16).settings(96, 64)
+    batch = {"tokens": torch.zeros(3, 20), "decoder_tokens": torch.zeros(3, 7), "targets": torch.zeros(3, 7)}
+    assert cost.flops(config, batch) == 3 * 20 * cost.flops_per_token(config, 20, decoder_len=7)
+    config = plugins.get("model", "bert", "test")(d_model=32, n_layers=2, n_heads=2).settings(96, 64)
+    batch = {"tokens": torch.zeros(3, 20), "positions": torch.zeros(3, 4)}
+    assert cost.flops(config, batch) == 3 * 20 * cost.flops_per_token(config, 20, scored=4)
