@@ -150,8 +150,11 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
                     parts = model(**batch, loss=objective.loss)
                 sums = {key: sums.get(key, 0) + part for key, part in parts.items()}
                 counts = {key: counts.get(key, 0) + n[key] for key in n}
+            metrics = objective.report(numbers(world.sum(sums)), numbers(world.sum(counts)))
+            if hasattr(objective, "evaluate"):
+                metrics |= objective.evaluate(model, corpus.val, c.seq_len)
             model.train()
-            return objective.report(numbers(world.sum(sums)), numbers(world.sum(counts)))
+            return metrics
 
         def save(step: int, is_best: bool) -> None:
             info = {

@@ -11,7 +11,7 @@ import numpy as np
 
 from nanopre import UserError, config as configs
 from nanopre.corpus import Source, digest, make_tokenizer, read_json_lines, unpacked
-from nanopre.data import Corpus
+from nanopre.data import Corpus, hash64, permute
 from nanopre.plugins import Registry, nearest
 from nanopre.tokenizer import Tokenizer
 
@@ -84,6 +84,39 @@ def split(records: list[Record], val_fraction: float) -> tuple[list[Record], lis
 
 def _examples(records: list[Record], columns: list[str], tokenizer: Tokenizer) -> Examples:
     return Examples({column: [record[i] for record in records] for i, column in enumerate(columns)}, tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""For each row a run of tokens: an array that holds all of them, where each row's starts, and how long it is."""
+
+
+def visit(rows: np.ndarray, n: int, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(which of n examples each row shows, whether the row lies past the end). Each epoch shows every example once, in an
+    order of its own. With seed None, evaluation: in their order, and rows from n on lie past the end."""
+    epochs, index = np.divmod(np.asarray(rows, dtype=np.int64), n)
+    if seed is None:
+        return index, epochs > 0
+    return permute(index, n, hash64(seed, 1, epochs)), np.zeros(len(rows), dtype=bool)
+
+
+def constant(token: int, rows: int) -> Part:
+    """The same token in every row."""
+    return np.array([token]), np.zeros(rows, dtype=np.int64), np.ones(rows, dtype=np.int64)
+
+
+def lay_out(parts: list[Part], width: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """The parts one behind the other in rows (R, width) of int64, `fill` after them; and where each part ends, (R, parts)."""
+    R = len(parts[0][1])
+    rows, ends = np.full((R, width), fill, dtype=np.int64), np.zeros((R, len(parts) + 1), dtype=np.int64)
+    for i, (tokens, starts, lengths) in enumerate(parts):
+        offset = np.arange(width) - ends[:, i, None]  # (R, width)
+        inside = (offset >= 0) & (offset < lengths[:, None])
+        rows[inside] = tokens[(starts[:, None] + offset)[inside]]
+        ends[:, i + 1] = ends[:, i] + lengths
+    return rows, ends[:, 1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ METHODS = {
 }
 """What a class of each kind must be able to do."""
 
-OPTIONAL_METHODS = {"objective": ("adapt", "columns", "prepare", "sample"), "dataset": ("records",)}
+OPTIONAL_METHODS = {"objective": ("adapt", "columns", "prepare", "evaluate", "sample"), "dataset": ("records",)}
 """What a class of a kind may be able to do besides."""
 
 Register = Callable[[str, type], None]
@@ -88,6 +88,7 @@ def nanopre_objectives(register: Register) -> None:
         are then nanopre.examples.Examples.
     prepare(train, val): looks at the Examples before the model is built, and may set fields of its own, which the run's
         config.toml then keeps.
+    evaluate(model, split, seq_len) -> {metric: number}, beside those of `report`: such as need decoding.
     sample(run, prompt, options) -> {"text": str or an iterator of its pieces, ...}: what sample.py is to do with a prompt
         and this model, a nanopre.checkpoint.OpenedRun. options: keyword arguments of nanopre.generate.generate. All of
         the result can be written as JSON.

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanopre import UserError, hookimpl
-from nanopre.data import hash64, permute
-from nanopre.examples import Examples
+from nanopre.examples import Examples, Part, constant, lay_out, visit
 from nanopre.loss import IGNORE
 from nanopre.plugins import nearest
 from nanopre.tokenizer import Tokenizer
@@ -61,18 +60,14 @@ class Classify:
         the examples' order, and rows beyond them have no class."""
         if seq_len < 5:
             raise UserError(f"train.seq_len = {seq_len} is too short for [CLS] A [SEP] B [SEP].")
-        n = len(split)
-        epochs, index = np.divmod(np.asarray(rows, dtype=np.int64), n)
-        if seed is not None:
-            index = permute(index, n, hash64(seed, 1, epochs))
+        index, beyond = visit(rows, len(split), seed)
         longest = 1 + sum(np.diff(split.tokens(column)[1]).max() + 1 for column in self.columns()[:-1])
         texts = []
         for column in self.columns()[:-1]:
             tokens, starts = split.tokens(column)
             texts.append((tokens, starts[index], np.diff(starts)[index]))
         classes = self._classes(split)[index]
-        if seed is None:
-            classes[epochs > 0] = IGNORE
+        classes[beyond] = IGNORE
         length = min(seq_len, -(-int(longest) // 16) * 16)
         return pack(texts, length, split.tokenizer) | {"classes": classes}
 
@@ -127,10 +122,8 @@ class Classify:
         return {"label": label, "probabilities": probabilities, "text": "\n".join(lines)}
 
 
-def pack(
-    texts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], seq_len: int, tokenizer: Tokenizer
-) -> dict[str, np.ndarray]:
-    """[CLS] A [SEP] or [CLS] A [SEP] B [SEP] in rows of seq_len. Each text is (tokens, starts, lengths). What is too long
+def pack(texts: list[Part], seq_len: int, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """[CLS] A [SEP] or [CLS] A [SEP] B [SEP] in rows of seq_len. What is too long
     loses tokens from the back of the longer text, one at a time, B's first where both are as long."""
     lengths = [length for *_, length in texts]
     room = seq_len - 1 - len(texts)
@@ -140,19 +133,14 @@ def pack(
         lengths = [a, np.minimum(b, room - a)]
     else:
         lengths = [np.minimum(lengths[0], room)]
-    positions = np.arange(seq_len)
-    rows = np.full((len(lengths[0]), seq_len), tokenizer.pad, dtype=np.int64)
-    rows[:, 0] = tokenizer.cls
-    segments = np.zeros_like(rows)
-    begin = np.ones_like(lengths[0])  # of the text, in the row
-    for number, ((tokens, starts, _), length) in enumerate(zip(texts, lengths, strict=True)):
-        offset = positions - begin[:, None]  # (R, T)
-        inside = (offset >= 0) & (offset < length[:, None])
-        rows[inside] = tokens[(starts[:, None] + offset)[inside]]
-        rows[offset == length[:, None]] = tokenizer.sep
-        segments[(offset >= 0) & (offset <= length[:, None])] = number
-        begin = begin + length + 1
-    return {"tokens": rows, "segments": segments, "visible": begin}
+    R = len(lengths[0])
+    parts = [constant(tokenizer.cls, R)]
+    for (tokens, starts, _), length in zip(texts, lengths, strict=True):
+        parts += [(tokens, starts, length), constant(tokenizer.sep, R)]
+    rows, ends = lay_out(parts, seq_len, tokenizer.pad)
+    places = np.arange(seq_len)
+    segments = ((places >= ends[:, 2, None]) & (places < ends[:, -1, None])).astype(np.int64)  # 1 behind the first [SEP]
+    return {"tokens": rows, "segments": segments, "visible": ends[:, -1]}
 
 
 @hookimpl

@@ -1,0 +1,113 @@
+"""Text to text: an encoder-decoder is fine-tuned to write a target for a source."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from nanopre import UserError, hookimpl, metrics
+from nanopre.config import at_least
+from nanopre.examples import Examples, constant, lay_out, visit
+from nanopre.generate import generate
+from nanopre.loss import IGNORE
+from nanopre.tokenizer import Tokenizer
+
+
+@dataclass
+class Seq2Seq:
+    """Every task as text to text (Raffel et al., 2020, section 2.4): "cola sentence: {sentence}" to "acceptable"."""
+
+    template: str = "{source}"  # the source; names in braces are columns
+    target: str = "target"  # column
+    max_target: int = 64  # tokens, with the end of text
+    eval_examples: int = 200  # of the validation part, that are decoded for exact match and F1
+
+    architectures = ("encoder-decoder",)
+
+    def __post_init__(self):
+        at_least(self, max_target=2, eval_examples=0)
+        if not self.names():
+            raise ValueError(f'template = "{self.template}" must name a column in braces')
+        self._sources = []  # [(examples, their sources)], which are put together once
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(re.findall(r"\{(\w+)\}", self.template)))
+
+    def columns(self) -> list[str]:
+        return [*self.names(), self.target]
+
+    def source(self, texts: dict[str, str]) -> str:
+        """The template with each column's text in its place."""
+        return re.sub(r"\{(\w+)\}", lambda match: texts[match[1]], self.template)
+
+    def sources(self, split: Examples) -> Examples:
+        """The sources of all examples, in one column."""
+        for known, sources in self._sources:
+            if known is split:
+                return sources
+        records = zip(*(split.columns[name] for name in self.names()), strict=True)
+        texts = [self.source(dict(zip(self.names(), record, strict=True))) for record in records]
+        self._sources.append((split, Examples({"source": texts}, split.tokenizer)))
+        return self._sources[-1][1]
+
+    def rows_per_epoch(self, split: Examples, seq_len: int) -> int:
+        return len(split)
+
+    def batch(self, split: Examples, rows: np.ndarray, seq_len: int, seed: int | None) -> dict[str, np.ndarray]:
+        """{"tokens" (R, seq_len), "visible" (R,), "decoder_tokens", "targets" (R, max_target)}. The source and the target
+        each end in the end of text, and lose tokens from the back where they are too long; the decoder starts from
+        [PAD]."""
+        index, beyond = visit(rows, len(split), seed)
+        tokenizer, end = split.tokenizer, constant(split.tokenizer.eot, len(index))
+        tokens, starts = self.sources(split).tokens("source")
+        source = (tokens, starts[index], np.minimum(np.diff(starts)[index], seq_len - 1))
+        tokens, starts = split.tokens(self.target)
+        target = (tokens, starts[index], np.minimum(np.diff(starts)[index], self.max_target - 1))
+        inputs, ends = lay_out([source, end], seq_len, tokenizer.pad)
+        start = constant(tokenizer.pad, len(index))
+        decoder_tokens, _ = lay_out([start, target], self.max_target, tokenizer.pad)
+        targets, _ = lay_out([target, end], self.max_target, IGNORE)
+        targets[beyond] = IGNORE
+        return {"tokens": inputs, "visible": ends[:, -1], "decoder_tokens": decoder_tokens, "targets": targets}
+
+    def counts(self, batch: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, float]:
+        return {"loss": int((batch["targets"] != IGNORE).sum())}
+
+    def loss(self, head, h: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        scored = batch["targets"] != IGNORE  # most targets are far shorter than the longest
+        return {"loss": head.cross_entropy(h[scored], batch["targets"][scored])}
+
+    def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
+        """The mean loss in nats a target token."""
+        return {"loss": sums["loss"] / max(1, counts["loss"])}
+
+    def evaluate(self, model, split: Examples, seq_len: int) -> dict[str, float]:
+        """Exact match and token F1 of greedy output."""
+        sources = self.sources(split).columns["source"][: self.eval_examples]
+        targets = split.columns[self.target]
+        return metrics.score((self.write(model, split.tokenizer, s), t) for s, t in zip(sources, targets, strict=False))
+
+    def write(self, model, tokenizer: Tokenizer, source: str, **options) -> str:
+        """The target that the model writes for a source; options as `generate` has them."""
+        options = {"temperature": 0, **options, "max_tokens": self.max_target}
+        tokens = tokenizer.encode(source)[: model.config.seq_len - 1].tolist() + [tokenizer.eot]
+        made = generate(
+            model, [tokenizer.pad], source=tokens, n_vocab=tokenizer.n_vocab, stop=tokenizer.eot, **options
+        )
+        return tokenizer.decode(list(made))
+
+    def sample(self, run, prompt: str, options: dict) -> dict:
+        """The target for a prompt, of several columns as texts with tabs between them."""
+        texts = prompt.rstrip("\n").split("\t")
+        if len(texts) != len(self.names()):
+            raise UserError(f"the prompt must be {len(self.names())} texts: {' <tab> '.join(self.names())}.")
+        source = self.source(dict(zip(self.names(), texts, strict=True)))
+        return {"source": source, "text": self.write(run.model, run.tokenizer, source, **options)}
+
+
+@hookimpl
+def nanopre_objectives(register):
+    register("seq2seq", Seq2Seq)

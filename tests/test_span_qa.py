@@ -1,0 +1,176 @@
+"""Extractive answers: windows cover, spans are exact, answers are parts of the context, and a task is learnt."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from hypothesis import given, settings, strategies as st
+
+from nanopre import UserError
+from nanopre.distributed import initialise
+from nanopre.examples import Examples
+from nanopre.loss import IGNORE
+from nanopre.plugins import load_plugins
+from nanopre.tokenizer import bpe_tokenizer, bytes_tokenizer
+
+REGISTRY = load_plugins()
+SpanQA = REGISTRY.get("objective", "span_qa", "test")
+BYTES = bytes_tokenizer()
+XQUAD = SHARED / "finetune" / "xquad.en.json"
+
+
+def examples(records: list[tuple[str, str, str, str]], tokenizer=BYTES) -> Examples:
+    return Examples(dict(zip(SpanQA().columns(), map(list, zip(*records, strict=True)), strict=True)), tokenizer)
+
+
+def test_rows_by_hand():
+    split = examples([("why", "abcdefghij", "efg", "4"), ("who", "xyz", "", "-1")])
+    objective = SpanQA(doc_stride=3)
+    # [CLS] w h y [SEP] + 5 of the context + [SEP]: windows from 0, 3 and 5 on... by a stride of 3 up to the end.
+    batch = objective.batch(split, np.arange(5), 11, None)
+    assert objective.rows_per_epoch(split, 11) == 4
+    cls, sep, pad = BYTES.cls, BYTES.sep, BYTES.pad
+
+    def row(question, window):
+        tokens = [cls, *question.encode(), sep, *window.encode(), sep]
+        return tokens + [pad] * (11 - len(tokens))
+
+    assert batch["tokens"][:4].tolist() == [row("why", "abcde"), row("why", "defgh"), row("why", "ghij"), row("who", "xyz")]
+    assert batch["segments"][2].tolist() == [0] * 5 + [1] * 5 + [0]
+    assert batch["visible"].tolist()[:4] == [11, 11, 10, 9]
+    # "efg" lies whole in the second window alone: at "defgh"[1:4], behind the five tokens before it.
+    assert batch["starts"].tolist() == [0, 6, 0, 0, IGNORE] and batch["ends"].tolist() == [0, 8, 0, 0, IGNORE]
+
+
+@given(
+    st.lists(st.tuples(st.text(min_size=1, max_size=5), st.text(max_size=60), st.integers(0, 60), st.integers(1, 8)),
+             min_size=1, max_size=4),
+    st.integers(1, 20),
+    st.integers(24, 50),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_windows_cover_each_context_and_hold_the_answer_where_it_is_whole(records, stride, seq_len):
+    rows = []
+    for question, context, start, length in records:
+        answer = context[start : start + length]
+        rows.append((question, context, answer, str(start) if answer else ""))
+    split, objective = examples(rows), SpanQA(doc_stride=stride)
+    n = objective.rows_per_epoch(split, seq_len)
+    batch, windows = objective.batch(split, np.arange(n), seq_len, None), objective.windows(split, seq_len)
+    for i, (question, context, answer, start) in enumerate(rows):
+        raw, q = context.encode(), len(question.encode())
+        covered, held = np.zeros(len(raw), dtype=bool), []
+        for row in np.flatnonzero(windows.example == i):
+            first, length = windows.first[row], windows.length[row]
+            assert bytes(batch["tokens"][row][q + 2 : q + 2 + length].tolist()) == raw[first : first + length]
+            covered[first : first + length] = True
+            s, e = batch["starts"][row], batch["ends"][row]
+            if s:
+                held.append(bytes(batch["tokens"][row][s : e + 1].tolist()).decode())
+            else:
+                begin = len(context[: int(start)].encode()) if answer else 0
+                assert e == 0 and not (answer and first <= begin and begin + len(answer.encode()) <= first + length)
+        assert covered.all() and all(text == answer for text in held)
+    trained = [objective.batch(split, np.arange(n) + n * e, seq_len, 3)["tokens"] for e in (0, 1)]
+    for epoch in trained:  # each window once an epoch
+        assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, batch["tokens"].tolist()))
+
+
+@pytest.mark.skipif(not XQUAD.exists(), reason="XQuAD (shared/data/finetune) is not here")
+def test_gold_answers_of_xquad_are_found_again():
+    """By pieces of a BPE, whose edges may lie within an answer's first or last word: the first token is the one in which
+    the answer begins, the last the one in which it ends, and most are exact."""
+    records = list(REGISTRY.get("dataset", "squad", "test")(path=str(XQUAD)).records())
+    assert len(records) == 1190
+    tokenizer = bpe_tokenizer([record["context"] for record in records], 2048)
+    objective = SpanQA(doc_stride=64)
+    split = examples([tuple(record[name] for name in objective.columns()) for record in records], tokenizer)
+    windows = objective.windows(split, 160)
+    exact = 0
+    for i, record in enumerate(records):
+        edges, raw = np.concatenate(([0], windows.ends[i])), record["context"].encode()
+        first, last = windows.answer_first[i], windows.answer_last[i]
+        answer = record["answer"].encode()
+        begin = len(record["context"][: int(record["answer_start"])].encode())
+        assert edges[first] <= begin < edges[first + 1]
+        assert edges[last] < begin + len(answer) <= edges[last + 1]
+        exact += raw[edges[first] : edges[last + 1]].strip() == answer
+    assert exact / len(records) > 0.9
+    batch = objective.batch(split, np.arange(len(windows.example)), 160, None)
+    answered = set(windows.example[batch["starts"] > 0])
+    assert len(answered) / len(records) > 0.99  # an answer longer than the overlap may fall between two windows
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(UserError, match='answer_start: the context of "q" does not have the answer "cat" at character 2.'):
+        SpanQA().batch(examples([("q", "a dog", "cat", "2")]), np.arange(1), 32, None)
+    with pytest.raises(UserError, match="train.seq_len = 8 leaves no room for a context beside a question of 5 tokens"):
+        SpanQA().batch(examples([("which", "a dog", "dog", "2")]), np.arange(1), 8, None)
+
+
+class Scores:
+    """A model that scores what it is told: of token t of a context, start[t] and end[t]; [CLS] as `null`."""
+
+    def __init__(self, start, end, null, offset):
+        self.start, self.end, self.null, self.offset = start, end, null, offset
+        self.weight = torch.zeros(1)
+
+    def parameters(self):
+        return iter([self.weight])
+
+    def __call__(self, tokens, visible, loss, **_):
+        spans = torch.full((*tokens.shape, 2), 50.0)  # outside of the passage all is tempting
+        for row in range(len(tokens)):
+            spans[row, 0] = self.null / 2
+            for place in range(self.offset, int(visible[row]) - 1):
+                t = int(tokens[row, place]) - 97
+                spans[row, place, 0], spans[row, place, 1] = self.start[t], self.end[t]
+        return {"span": spans}
+
+
+@pytest.mark.parametrize("start, end, null, answer", [
+    ({2: 5}, {4: 5}, 0, "cde"),
+    ({4: 5}, {2: 5}, 0, "c"),  # an end before the start is none: the best that is left is one end with a neutral other
+    ({2: 5}, {4: 5}, 11, ""),
+    ({0: 5}, {9: 5}, 0, None),  # 10 tokens are more than max_answer
+])  # fmt: skip
+def test_answers_are_the_best_spans_of_the_passage(start, end, null, answer):
+    full = [np.array([side.get(t, 0.0) for t in range(10)]) for side in (start, end)]
+    model = Scores(*full, null, offset=5)
+    objective = SpanQA(doc_stride=3, max_answer=4)
+    (result,) = objective.answers(model, examples([("why", "abcdefghij", "", "-1")]), 11)
+    if answer is None:
+        assert len(result["answer"]) <= 4 and result["score"] == pytest.approx(5)
+    elif answer == "c":
+        assert result["score"] == pytest.approx(5)
+    else:
+        assert result["answer"] == answer
+        assert result["score"] == pytest.approx(10 - null)
+
+
+def test_a_task_that_can_be_learnt_is_learnt():
+    """The answer is the word between two marks, somewhere among letters."""
+    draw, records = random.Random(0), []
+    for _ in range(500):
+        word = "".join(draw.choices("abcdef", k=draw.randint(1, 4)))
+        before, after = ("".join(draw.choices("uvwxyz", k=draw.randint(0, 8))) for _ in range(2))
+        records.append(("?", f"{before}<{word}>{after}", word, str(len(before) + 1)))
+    train, val = examples(records[:450]), examples(records[450:])
+    objective = SpanQA()
+    model = REGISTRY.get("model", "bert", "test")(d_model=32, n_layers=2, n_heads=2, positions="rope").build(384, 32)
+    model = objective.adapt(model)
+    initialise(model, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    before = objective.evaluate(model, val, 32)
+    for step in range(200):
+        arrays = objective.batch(train, np.arange(32) + 32 * step, 32, seed=1)
+        parts = model(**{key: torch.from_numpy(array) for key, array in arrays.items()}, loss=objective.loss)
+        (parts["loss"] / objective.counts(arrays, BYTES)["loss"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = objective.evaluate(model.eval(), val, 32)
+    assert before["exact_match"] < 0.3 and after["exact_match"] > 0.9
