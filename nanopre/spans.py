@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 
 from nanopre.data import random32
+from nanopre.tokenizer import Tokenizer
 
 
 @cache
@@ -82,3 +83,26 @@ def weave(tokens: np.ndarray, marks: np.ndarray, at: np.ndarray, end: int) -> tu
     np.put_along_axis(woven, at, np.broadcast_to(marks, at.shape), axis=1)
     woven[:, -1] = end
     return woven, is_token
+
+
+def corrupt(
+    text: np.ndarray, keys: tuple[np.ndarray, np.ndarray], noise: int, spans: int, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """T5's span corruption (Raffel et al., 2020, section 3.1.4) of each row of `text` (R, n), from two keys a row.
+
+    Returns the input (R, n - noise + spans + 1), the text with a sentinel for each span and the end of text; the targets
+    (R, noise + spans + 1), each sentinel with what it hid and the end of text; and of each target whether it is text, and
+    where in the row it comes from: a sentinel from its span's start, the end of text from 0. The lengths of the spans and
+    of what lies between them are each drawn uniformly among all that are possible; a row begins with text and ends with a
+    span.
+    """
+    R, n = text.shape
+    kept_edges, noise_edges = composition(keys[0], n - noise, spans), composition(keys[1], noise, spans)
+    first, last = interleave(kept_edges, noise_edges)
+    is_noise = span_mask(first, last, n)
+    sentinels, order = tokenizer.sentinels[:spans], np.arange(spans)
+    inputs, _ = weave(text[~is_noise].reshape(R, -1), sentinels, kept_edges[:, 1:] + order, tokenizer.eot)
+    at = noise_edges[:, :-1] + order
+    targets, is_text = weave(text[is_noise].reshape(R, -1), sentinels, at, tokenizer.eot)
+    source, _ = weave(columns(is_noise), first, at, 0)
+    return inputs, targets, is_text, source

@@ -12,7 +12,7 @@ from nanopre import UserError, hookimpl
 from nanopre.config import at_least, fraction
 from nanopre.data import Split, row_keys, window_starts
 from nanopre.loss import IGNORE
-from nanopre.spans import columns, composition, interleave, noise_counts, raw_length, span_mask, weave
+from nanopre.spans import columns, corrupt, noise_counts, raw_length
 from nanopre.tokenizer import Tokenizer
 
 
@@ -38,8 +38,7 @@ class SpanCorruption:
         sentinel with what it hid, then the end of text. "text_at" and "marks_at" are the targets that are text, and those
         that are not.
 
-        A row is made from raw_length tokens, without regard to documents. The lengths of the spans and of what lies
-        between them are each drawn uniformly among all that are possible; a row begins with text and ends with a span.
+        A row is made from raw_length tokens, without regard to documents, by nanopre.spans.corrupt.
         """
         length = raw_length(seq_len, self.noise_density, self.mean_span_length)
         noise, spans = noise_counts(length, self.noise_density, self.mean_span_length)
@@ -51,23 +50,15 @@ class SpanCorruption:
             )
         starts = rows * length if seed is None else window_starts(split, rows, length, seed)
         text = split.windows(starts % split.n_tokens, length)
-        kept_edges = composition(row_keys(seed, rows, 0), length - noise, spans)
-        noise_edges = composition(row_keys(seed, rows, 1), noise, spans)
-        first, last = interleave(kept_edges, noise_edges)
-        is_noise = span_mask(first, last, length)
-
-        sentinels, order, R = tokenizer.sentinels[:spans], np.arange(spans), len(rows)
-        tokens, _ = weave(text[~is_noise].reshape(R, -1), sentinels, kept_edges[:, 1:] + order, tokenizer.eot)
-        at = noise_edges[:, :-1] + order
-        targets, is_text = weave(text[is_noise].reshape(R, -1), sentinels, at, tokenizer.eot)
-        decoder_tokens = np.concatenate((np.full((R, 1), tokenizer.pad), targets[:, :-1]), axis=1)
+        keys = row_keys(seed, rows, 0), row_keys(seed, rows, 1)
+        tokens, targets, is_text, source = corrupt(text, keys, noise, spans, tokenizer)
+        start = np.full((len(rows), 1), tokenizer.pad)
+        decoder_tokens = np.concatenate((start, targets[:, :-1]), axis=1)
         if seed is None:  # the last row's text goes on past the end of the split, where nothing is scored
-            places = np.broadcast_to(np.arange(length), (R, length))[is_noise].reshape(R, -1)
-            place, _ = weave(places, first, at, 0)
-            targets = np.where(starts[:, None] + place >= split.n_tokens, IGNORE, targets)
+            targets = np.where(starts[:, None] + source >= split.n_tokens, IGNORE, targets)
         return {
             "tokens": tokens,
-            "visible": np.full(R, tokens.shape[1]),
+            "visible": np.full(len(rows), tokens.shape[1]),
             "decoder_tokens": decoder_tokens,
             "targets": targets,
             "text_at": columns(is_text),

@@ -1,0 +1,101 @@
+"""BART's text infilling: the decoder writes the whole text, of which the encoder sees spans as single masks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from nanopre import UserError, hookimpl
+from nanopre.config import at_least, fraction
+from nanopre.data import Split, random32, row_keys, window_starts
+from nanopre.loss import IGNORE
+from nanopre.tokenizer import Tokenizer
+
+
+@dataclass
+class BART:
+    """Text infilling (Lewis et al., 2020, section 2.2): spans of Poisson lengths become one [MASK] each, a span of length 0
+    inserts one; the decoder writes out the whole text."""
+
+    mask_fraction: float = 0.3  # of the tokens that are hidden
+    mean_span_length: float = 3.0  # tokens
+
+    architectures = ("encoder-decoder",)
+
+    def __post_init__(self):
+        fraction(self, "mask_fraction")
+        at_least(self, mean_span_length=0.1)
+
+    def rows_per_epoch(self, split: Split, seq_len: int) -> int:
+        if seq_len < 2:
+            raise UserError("train.seq_len = 1 holds no token beside the end of text; take 2 or more.")
+        return -(-split.n_tokens // (seq_len - 1))
+
+    def batch(self, split: Split, rows: np.ndarray, seq_len: int, seed: int | None) -> dict[str, np.ndarray]:
+        """{"tokens" (R, seq_len), "visible" (R,), "decoder_tokens", "targets" (R, n + 1)} of windows of n = seq_len - 1
+        tokens. Spans are drawn until they hide ceil(mask_fraction * n) tokens, the last of them cut short, and lie anywhere
+        between the tokens that stay. There are no more masks than hidden tokens, so that a row never grows."""
+        n, R, tokenizer = seq_len - 1, len(rows), split.tokenizer
+        starts = rows * n if seed is None else window_starts(split, rows, n, seed)
+        text = split.gather(starts % split.n_tokens, n)
+        budget = min(n, math.ceil(self.mask_fraction * n))
+        draws = random32(row_keys(seed, rows, 0), 2 * budget)
+        lengths = np.searchsorted(self.cumulative(), draws[:, :budget], side="right")  # (R, budget)
+        before = np.cumsum(lengths, axis=1) - lengths
+        used = before < budget
+        lengths = np.where(used, np.minimum(lengths, budget - before), 0)
+        hidden = lengths.sum(axis=1)  # (R,)
+        inserts = used & (lengths == 0)
+        spare = hidden - (lengths > 0).sum(axis=1)  # masks that may be inserted before the row would grow
+        used &= ~inserts | (np.cumsum(inserts, axis=1) <= spare[:, None])
+        used_first = np.argsort(~used, axis=1, kind="stable")
+        lengths, used = (np.take_along_axis(array, used_first, axis=1) for array in (lengths, used))
+        kept = n - hidden
+
+        # Each span lies behind so many of the tokens that stay; those that are not used come last.
+        cuts = np.where(used, draws[:, budget:].astype(np.int64) * (kept + 1)[:, None] >> 32, n + 1)
+        cuts = np.sort(cuts, axis=1)
+        first = np.where(used, cuts + np.cumsum(lengths, axis=1) - lengths, n)
+        base = np.arange(R)[:, None] * (n + 1)
+        edges = (np.bincount((base + where).ravel(), minlength=R * (n + 1)) for where in (first, first + lengths))
+        steps = np.subtract(*edges).reshape(R, n + 1)
+        stays = np.cumsum(steps, axis=1)[:, :-1] == 0  # (R, n)
+
+        spans = used.sum(axis=1)
+        tokens = np.full((R, seq_len + 1), tokenizer.pad)  # the last column takes the masks that are not used
+        np.put_along_axis(tokens, np.where(used, cuts + np.arange(budget), seq_len), tokenizer.mask, axis=1)
+        tokens = tokens[:, :seq_len]
+        end = kept + spans
+        is_text = (np.arange(seq_len) < end[:, None]) & (tokens != tokenizer.mask)
+        tokens[is_text] = text[stays]
+        tokens[np.arange(R), end] = tokenizer.eot
+        targets = np.concatenate((text, np.full((R, 1), tokenizer.eot)), axis=1)
+        decoder_tokens = np.concatenate((np.full((R, 1), tokenizer.pad), text), axis=1)
+        if seed is None:  # the last row's text goes on past the end of the split, where nothing is scored
+            source = np.minimum(np.arange(n + 1), n - 1)
+            targets = np.where(starts[:, None] + source >= split.n_tokens, IGNORE, targets)
+        return {"tokens": tokens, "visible": end + 1, "decoder_tokens": decoder_tokens, "targets": targets}
+
+    def cumulative(self) -> np.ndarray:
+        """P(length <= 0), P(length <= 1), ... of the Poisson distribution, in units of 2**-32."""
+        mean, longest = self.mean_span_length, int(self.mean_span_length + 12 * self.mean_span_length**0.5 + 12)
+        log_p = [i * math.log(mean) - mean - math.lgamma(i + 1) for i in range(longest)]
+        return np.minimum(np.cumsum(np.exp(log_p)) * 2.0**32, 2.0**32)
+
+    def counts(self, batch: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, float]:
+        return {"loss": int((batch["targets"] != IGNORE).sum())}
+
+    def loss(self, head, h: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"loss": head.cross_entropy(h, batch["targets"])}
+
+    def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
+        """The mean loss in nats a token, most of which the encoder has seen."""
+        return {"loss": sums["loss"] / counts["loss"]}
+
+
+@hookimpl
+def nanopre_objectives(register):
+    register("bart", BART)
