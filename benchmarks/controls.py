@@ -1,7 +1,9 @@
-"""Objectives with nothing to learn in them, for benchmarks/convergence.py: what beats chance here is a leak."""
+"""Objectives with nothing to learn in them, for benchmarks/convergence.py: what beats chance here is a leak. And one with a
+leak on purpose."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +39,22 @@ class ShuffledLabels(MaskedLM):
         return {**batch, "is_random": np.where(batch["is_random"] == IGNORE, IGNORE, coins)}
 
 
+@dataclass
+class AnyToken(MaskedLM):
+    """MLM and NSP whose random B begins at any token, mostly within a sentence, while the true one begins a sentence: on the
+    books 95% of the labels can be told by B's first token alone."""
+
+    def windows(self, split, seq_len):
+        windows = super().windows(split, seq_len)
+        if windows.elsewhere.__self__ is windows:
+            from_any = copy.copy(windows)
+            from_any.sentences = np.arange(split.n_tokens + 1)
+            windows.elsewhere = from_any.elsewhere
+        return windows
+
+
 @hookimpl
 def nanopre_objectives(register):
     register("shuffled_tokens", ShuffledTokens)
     register("shuffled_labels", ShuffledLabels)
+    register("any_token", AnyToken)
