@@ -29,16 +29,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--temperature", type=positive(float, zero=True), default=0.8, help="0: greedy (default: 0.8)")
     parser.add_argument("--top-k", type=positive(int, zero=True), default=0, help="only the k likeliest (default: all)")
     parser.add_argument("--top-p", type=probability, default=1.0, help="only the nucleus of this probability (default: 1)")
-    parser.add_argument("--seed", type=int, default=1, help="of the draws; sample i uses seed + i (default: 1)")
+    parser.add_argument("--seed", type=seed, default=1, help="of the draws; sample i uses seed + i (default: 1)")
     parser.add_argument("--num-samples", type=positive(int), default=1, help="how many, one after the other (default: 1)")
     parser.add_argument("--json", action="store_true", help="print each result as a line of JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     a = parser.parse_args(argv)
 
     run = checkpoint.open_run(a.run)
-    device = machine.choose_device(a.device)
+    device = machine.choose_device(a.device, "--device")
     run.model.to(device)
-    prompt = sys.stdin.read() if a.prompt == "-" else a.prompt
+    try:
+        prompt = sys.stdin.read() if a.prompt == "-" else a.prompt
+        prompt.encode()
+    except UnicodeError:
+        raise UserError("--prompt: not UTF-8.") from None
+    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
     for i in range(a.num_samples):
         options = {
             "max_tokens": a.tokens,
@@ -96,6 +101,13 @@ def positive(kind: type, zero: bool = False):
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 2**63")
+    return value
 
 
 def probability(text: str) -> float:

@@ -43,16 +43,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the resolved config, and stop")
     arguments, overrides = parser.parse_known_args(argv)
     for text in overrides:
+        if not text.startswith("-"):
+            raise UserError(f"{text}: one config file is enough, and {arguments.config} is the first.")
         if "=" not in text:
-            options = [option for action in parser._actions for option in action.option_strings]
+            options = ["--resume", "--list-plugins", "--print-config", "--help"]
             raise UserError(f"{text}: not an option (a key is set as --section.key=value); {nearest(text, options)}")
 
     run_dir = resume_from = None
     inherit = checkpoint.read_config
     config_file = arguments.config or HERE / "configs" / "default.toml"
-    if arguments.resume:
+    if arguments.resume is not None:
         if arguments.config:
             raise UserError("--resume takes the config that was saved with the run; leave out the config file.")
+        for text in overrides:
+            if text.startswith(("--name=", "--out_dir=")):
+                raise UserError(f"{text}: a run that is resumed stays in its folder; leave this out.")
         run_dir, resume_from = checkpoint.locate(arguments.resume)
         if "imported_from" in checkpoint.read_info(resume_from):
             raise UserError(f"{run_dir}: an imported model has no training to go on with; sample.py can use it.")
@@ -80,6 +85,14 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         prepare = prepare_examples if hasattr(objective, "columns") else corpora.prepare
         corpus = world.first("corpus", lambda: prepare(config, plugins, tokenizer, progress=is_first))
         tokenizer = corpus.tokenizer
+        # What can't be used is refused before anything is trained.
+        for split in (corpus.train, corpus.val):
+            if split.n_tokens:
+                objective.rows_per_epoch(split, c.seq_len)
+        try:
+            tokenizer.encode(c.prompt if c.samples else "")
+        except UserError as error:
+            raise UserError(f"train.prompt: {error}") from None
         model = distributed.build_model(config, tokenizer).to(here.device)
         optimizers = config.optimizer.build(model)
         peak_rates = optim.peak_rates(optimizers)
@@ -90,10 +103,13 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         if resume_from:
             info = checkpoint.load(resume_from, model, optimizers)
             start_step, best_val_loss, progress = info["step"], info["best_val_loss"] or math.inf, info["progress"]
-            if info["corpus"] != corpus.fingerprint:
+            same_tokenizer = checkpoint.read_tokenizer(run_dir).fingerprint == tokenizer.fingerprint
+            if info["corpus"] != corpus.fingerprint or not same_tokenizer:
                 raise UserError(f"{run_dir}: the corpus or tokenizer changed since the run began, so it can't go on.")
             if start_step >= c.steps:
-                raise UserError(f"{run_dir}: all {c.steps} steps are done; go on with --train.steps={2 * c.steps}.")
+                raise UserError(f"{run_dir}: all {c.steps} steps are done; go on with --train.steps={2 * start_step}.")
+            if is_first:
+                checkpoint.write_config(run_dir, config)  # so that what was changed now stays so the next time
         else:
             if config.init_from and config.init_weights:
                 loaded = checkpoint.load_weights(config.init_from, model)
@@ -268,7 +284,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         if is_first and status == "interrupted":
             print(f"Stopped after step {done} of {c.steps}; go on with: python train.py --resume {run_dir}")
         elif is_first:
-            if model.config.architecture == "decoder" and not hasattr(objective, "sample"):
+            if c.samples and model.config.architecture == "decoder" and not hasattr(objective, "sample"):
                 print_samples(model, tokenizer, c.prompt, c.samples, config.seed)
             print(f"\nTry it: python sample.py {run_dir} --prompt {c.prompt or 'TEXT'!r}")
 

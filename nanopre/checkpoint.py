@@ -38,9 +38,18 @@ OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)  # keys by paramet
 
 def create_run(run_dir: Path, config: configs.Config, tokenizer: Tokenizer) -> None:
     """Make the run's folder with what every checkpoint in it needs: the resolved config and the tokenizer."""
-    (run_dir / "checkpoints").mkdir(parents=True)
-    (run_dir / "config.toml").write_text(configs.to_toml(config), encoding="utf-8")
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"out_dir: the run's folder {run_dir} can't be made ({error.strerror}).") from None
+    write_config(run_dir, config)
     tokenizer.save(run_dir / "tokenizer.json")
+
+
+def write_config(run_dir: Path, config: configs.Config) -> None:
+    """Save the resolved config with the run: when it begins, and when it goes on with other values."""
+    (run_dir / "config.toml.tmp").write_text(configs.to_toml(config), encoding="utf-8")
+    os.replace(run_dir / "config.toml.tmp", run_dir / "config.toml")
 
 
 def free_name(out_dir: Path, name: str) -> str:
@@ -146,7 +155,8 @@ def find(run_dir: Path) -> list[Path]:
 def pointed(run_dir: Path, name: str) -> Path | None:
     """The checkpoint that `latest` or `best` names, if there is one."""
     pointer = Path(run_dir) / "checkpoints" / name
-    return pointer.parent / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+    named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
+    return pointer.parent / named if named and (pointer.parent / named).is_dir() else None
 
 
 def locate(path: str | Path) -> tuple[Path, Path]:
@@ -163,6 +173,8 @@ def locate(path: str | Path) -> tuple[Path, Path]:
         raise UserError(f"{run_dir}: no such run; {_runs_beside(run_dir)}")
     if not (run_dir / "config.toml").is_file():
         raise UserError(f"{run_dir}: not a run's folder (it has no config.toml); {_runs_beside(run_dir)}")
+    if checkpoint is None and (whole := find(run_dir)):
+        raise UserError(f"{run_dir / 'checkpoints' / 'latest'}: missing or damaged; name a checkpoint instead: {whole[-1]}")
     if checkpoint is None:
         raise UserError(f"{run_dir}: this run has no checkpoint yet.")
     return run_dir, checkpoint

@@ -7,6 +7,7 @@ each entry of [parallel] and [loggers]) have the fields of the plugin's class.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -24,8 +25,11 @@ from nanopre.plugins import Registry, load_plugins, nearest
 def at_least(section: object, **bounds: float) -> None:
     """Raise ValueError for a field that is below its bound."""
     for name, bound in bounds.items():
-        if not getattr(section, name) >= bound:  # so that nan is refused, too
-            raise ValueError(f"{name} = {getattr(section, name)} must be at least {bound}")
+        value = getattr(section, name)
+        if not value >= bound:  # so that nan is refused, too
+            raise ValueError(f"{name} = {value} must be at least {bound}")
+        if value == math.inf:
+            raise ValueError(f"{name} = {value} must be finite")
 
 
 def fraction(section: object, *names: str) -> None:
@@ -33,6 +37,13 @@ def fraction(section: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(section, name) <= 1:
             raise ValueError(f"{name} = {getattr(section, name)} must be between 0 and 1")
+
+
+def below_one(section: object, *names: str) -> None:
+    """Raise ValueError for a field that is not at least 0 and below 1."""
+    for name in names:
+        if not 0 <= getattr(section, name) < 1:
+            raise ValueError(f"{name} = {getattr(section, name)} must be at least 0 and below 1")
 
 
 @dataclass
@@ -44,8 +55,7 @@ class Data:
     cache_dir: str = "cache"  # where tokenised corpora and trained tokenizers are kept
 
     def __post_init__(self):
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction = {self.val_fraction} must be at least 0 and below 1")
+        below_one(self, "val_fraction")
 
 
 @dataclass
@@ -130,6 +140,8 @@ class Config:
     def __post_init__(self):
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f'name = "{self.name}" must be the name of a folder')
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed = {self.seed} must be at least 0 and below 2**63")
 
 
 Inherit = Callable[[str], dict[str, Any]]
@@ -143,13 +155,15 @@ def load(path: str | Path, overrides: Sequence[str] = (), inherit: Inherit | Non
     Raises UserError: one sentence with the file or flag, the key, and what would be right.
     """
     try:
-        table = tomli.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomli.loads(Path(path).read_text(encoding="utf-8-sig"))
     except tomli.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8, which TOML is.") from None
+    except OSError as error:
         beside = sorted(str(file) for file in Path(path).parent.glob("*.toml"))
         hint = nearest(str(path), beside) if beside else "give the path of a TOML file."
-        raise UserError(f"{path}: can't be read ({getattr(error, 'strerror', 'not UTF-8')}); {hint}") from None
+        raise UserError(f"{path}: can't be read ({error.strerror}); {hint}") from None
     return _Builder(str(path), [parse_override(text) for text in overrides]).build(table, inherit)
 
 
@@ -253,7 +267,7 @@ class _Builder:
                 return [self.value(one_arguments[0], item, f"{key}.{i}") for i, item in enumerate(value)]
             if isinstance(value, one_origin or one) and not (one is int and isinstance(value, bool)):
                 return value
-        if key in self.flags and (hint is str or str in arguments):
+        if key in self.flags and (hint is str or (origin is not list and str in arguments)):
             return self.flags[key]
         raise self.error(key, f"is {_toml(value)}", f"it must be {_words(hint)}.")
 
@@ -313,7 +327,7 @@ class _Builder:
     def _instance(self, cls: type, values: dict[str, Any], key: str) -> Any:
         try:
             return cls(**values)
-        except ValueError as error:
+        except (ValueError, TypeError, ZeroDivisionError) as error:
             # The file and all flags that had a part in it: which of the values is wrong, the user knows.
             fields = [_join(key, f.name) for f in dataclasses.fields(cls)]
             flags = [f"--{flag}" for flag in self.flags if flag in (key, *fields)]

@@ -51,8 +51,7 @@ def prepare(config: configs.Config, registry: Registry, tokenizer: Tokenizer | N
 
     tokenizer: one that is there already, in place of the configured one.
     """
-    cache = Path(config.data.cache_dir)
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = make_folder(config.data.cache_dir, "data.cache_dir")
     source = Source(config.data.corpus, "data.corpus", config, registry)
     val_source = None
     if config.data.val_corpus is not None:
@@ -67,6 +66,15 @@ def prepare(config: configs.Config, registry: Registry, tokenizer: Tokenizer | N
     if not (folder / "meta.json").exists():
         _write(folder, _split(source, val_source, config.data.val_fraction), tokenizer, progress, source.name)
     return open_corpus(folder)
+
+
+def make_folder(path: str | Path, key: str) -> Path:
+    """The folder, made if need be. Raises UserError that names the key which gave the path."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: the folder {path} can't be made ({error.strerror}).") from None
+    return Path(path)
 
 
 def digest(*keys: Any) -> str:
@@ -93,6 +101,8 @@ class Source:
             found = sorted(path for path in glob.glob(str(pattern), recursive=True) if os.path.isfile(path))
             if not found:
                 names = list(registry.offers("dataset"))
+                if os.path.isdir(pattern):
+                    raise UserError(f'{key}: "{pattern}" is a folder; name its files, as in "{os.path.join(pattern, "*")}".')
                 raise UserError(f'{key}: no file matches "{pattern}", and no dataset has this name; {nearest(pattern, names)}')
             self.files += found
 
@@ -103,7 +113,14 @@ class Source:
                     yield text, None
             return
         for document in self.dataset.documents():
-            yield (document, None) if isinstance(document, str) else document
+            match document:
+                case str():
+                    yield document, None
+                case (str(), None | "train" | "val"):
+                    yield document
+                case _:
+                    right = 'a document is a text, or (text, "train" or "val")'
+                    raise UserError(f"{self.key}: the dataset {self.name} gave {repr(document)[:80]}; {right}.")
 
     def fingerprint(self, cache: Path) -> str:
         """A hash of the documents' content."""
@@ -169,7 +186,7 @@ def _read_text(stream) -> Iterator[str]:
             cut = cut if cut > 1 else rest.rfind(b"\n", 0, DOCUMENT_BYTES) + 1
             if cut < 1:
                 cut = DOCUMENT_BYTES
-                while rest[cut] & 0xC0 == 0x80:  # within a character
+                while rest[cut] & 0xC0 == 0x80 and cut > DOCUMENT_BYTES - 4:  # within a character
                     cut -= 1
             yield rest[:cut].decode("utf-8")
             rest = rest[cut:]
@@ -186,7 +203,7 @@ def read_json_lines(file: str, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
             yield number, json.loads(line)
         except UnicodeDecodeError:
             raise UserError(f"{file}:{number}: not UTF-8.") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}:{number}: not a line of JSON ({error}).") from None
 
 
@@ -196,7 +213,10 @@ def _read_jsonl(file: str, stream, text_key: str) -> Iterator[str]:
             keys = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
             hint = nearest(text_key, keys).replace("choose from", "there are") if keys else "it has no key with a text."
             raise UserError(f'{file}:{number}: has no text at the key data.text_key = "{text_key}"; {hint}')
-        yield record[text_key]
+        text = record[text_key]
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(f"{file}:{number}: the text has half of a surrogate pair, which is no character.")
+        yield text
 
 
 def _read_parquet(file: str, text_key: str) -> Iterator[str]:
@@ -209,6 +229,8 @@ def _read_parquet(file: str, text_key: str) -> Iterator[str]:
         if text_key not in table.schema_arrow.names:
             hint = nearest(text_key, table.schema_arrow.names)
             raise UserError(f'{file}: has no column data.text_key = "{text_key}"; {hint}')
+        if (kind := str(table.schema_arrow.field(text_key).type)) not in ("string", "large_string"):
+            raise UserError(f'{file}: the column data.text_key = "{text_key}" is {kind}; it must be a string.')
         for batch in table.iter_batches(batch_size=256, columns=[text_key]):
             yield from (text for text in batch.column(0).to_pylist() if text)
     except (OSError, ValueError) as error:
@@ -236,7 +258,7 @@ def _split(source: Source, val_source: Source | None, val_fraction: float) -> It
         held = (text, part or drawn)
         own_split = part is not None
     if held is None:
-        raise UserError(f"{source.key}: there is no text in it.")
+        raise UserError(f"{source.key}: there is no text in {source.name or 'an empty list'}.")
     if not own_split and not val_source and val_fraction:
         if not any(counts.values()):
             raise UserError(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from nanopre import UserError, config as configs
-from nanopre.corpus import Source, digest, make_tokenizer, read_json_lines, unpacked
+from nanopre.corpus import Source, digest, make_folder, make_tokenizer, read_json_lines, unpacked
 from nanopre.data import Corpus, hash64, permute
 from nanopre.plugins import Registry, nearest
 from nanopre.tokenizer import Tokenizer
@@ -50,8 +49,7 @@ def prepare(config: configs.Config, registry: Registry, tokenizer: Tokenizer | N
     content: so that a record which occurs twice is on one side only. The objective then looks at both with its `prepare`,
     where it has one. tokenizer: one that is there already, in place of the configured one. Raises UserError.
     """
-    objective, cache = config.objective, Path(config.data.cache_dir)
-    cache.mkdir(parents=True, exist_ok=True)
+    objective, cache = config.objective, make_folder(config.data.cache_dir, "data.cache_dir")
     columns = objective.columns()
     train = read(Source(config.data.corpus, "data.corpus", config, registry), columns)
     if config.data.val_corpus is not None:

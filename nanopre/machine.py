@@ -49,20 +49,23 @@ def choose(config: Train) -> Machine:
     return Machine(device, torch.bfloat16 if bfloat16 else torch.float32, compiled, "; ".join(reasons))
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `train.device` names, for this process's local rank; "auto": the best one this machine has."""
+def choose_device(name: str, key: str = "train.device") -> torch.device:
+    """The device of this name, for this process's local rank; "auto": the best one this machine has. `key`: what gave the
+    name, for the UserError about one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps") or device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("only cpu, cuda and mps are supported" if device.type != "cuda" else "no CUDA")
         if device.type == "cuda":
             index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, AttributeError) as error:  # the last: a build without CUDA
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f'train.device = "{name}": no such device here ({reason}); try "auto" or "cpu".') from None
+        raise UserError(f'{key} = "{name}": no such device here ({reason}); try "auto" or "cpu".') from None
     return device
 
 

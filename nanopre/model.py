@@ -63,6 +63,12 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
+        for name in ("vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not (self.norm_eps >= 0 and self.rope_theta > 0 and 0 <= self.dropout < 1):
+            values = f"norm_eps = {self.norm_eps}, rope_theta = {self.rope_theta}, dropout = {self.dropout}"
+            raise ValueError(f"{values}: must be at least 0, above 0, and at least 0 and below 1")
         if not self.d_head and self.d_model % self.n_heads:
             raise ValueError(f"n_heads = {self.n_heads} does not divide d_model = {self.d_model}")
         if self.n_heads % self.n_kv_heads:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from nanopre import UserError
 from nanopre.config import Schedule
 
 
@@ -57,6 +58,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 def peak_rates(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[float]]:
     """The learning rates that the config asked for, one a parameter group, to be read before a checkpoint is loaded."""
+    if not optimizers:
+        raise UserError("optimizer: its build gave no torch.optim.Optimizer.")
     return [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
 

@@ -146,7 +146,7 @@ def load_plugins(paths: Sequence[str] = (), where: str = "plugins") -> Registry:
         source = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
         try:
             module = entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{source}: the plugin {entry.value} failed to import ({describe(error)}).") from error
         registry.add(module, source, entry.dist.version if entry.dist else "")
     return registry
@@ -165,7 +165,7 @@ def import_file(file: Path, source: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"{source}: this plugin failed to import ({describe(error)}).") from error
     return module

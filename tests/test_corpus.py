@@ -80,7 +80,7 @@ def test_the_split_shares_out_whole_documents(n, fraction, empty):
             return ((text, None) for text in texts)
 
     if not full or (len(full) == 1 and fraction):
-        with pytest.raises(UserError, match="there is no text in it" if not full else "it is one document"):
+        with pytest.raises(UserError, match="there is no text in " if not full else "it is one document"):
             list(_split(Source(), None, fraction))
         return
     parts = list(_split(Source(), None, fraction))
@@ -228,6 +228,11 @@ def bad_files(tmp_path: Path) -> None:
     (tmp_path / "not.parquet").write_bytes(b"plain")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "one.txt").write_text("one document")
+    (tmp_path / "bytes.txt").write_bytes(b"\x80" * 300_000)
+    (tmp_path / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "number.parquet")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +245,12 @@ def bad_files(tmp_path: Path) -> None:
         ("cut.jsonl.gz", r"cut\.jsonl\.gz: the compressed file is damaged"),
         ("not.jsonl.xz", r"not\.jsonl\.xz: the compressed file is damaged"),
         ("not.parquet", r"not\.parquet: can't be read as \.parquet"),
-        ("empty.txt", "data.corpus: there is no text in it"),
+        ("bytes.txt", r"bytes\.txt: not UTF-8"),
+        ("surrogate.jsonl", r"surrogate\.jsonl:1: the text has half of a surrogate pair"),
+        ("deep.jsonl", r"deep\.jsonl:1: not a line of JSON"),
+        ("number.parquet", r'number\.parquet: the column data.text_key = "text" is int64; it must be a string.'),
+        ("", r'data.corpus: ".*" is a folder; name its files, as in ".*\*"'),
+        ("empty.txt", "data.corpus: there is no text in .*empty.txt"),
         ("one.txt", "data.corpus: it is one document, which can't be split"),
         ("nothing*.txt", r'data.corpus: no file matches ".*nothing\*.txt"'),
     ],
@@ -251,6 +261,29 @@ def test_a_mistake_in_the_corpus_is_one_sentence(tmp_path, corpus, message):
         prepare(tmp_path, str(tmp_path / corpus))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "cache" / "corpora").exists() or folders(tmp_path) == []
+
+
+@pytest.mark.parametrize("document", [5, ("text", "test"), ("text", "val", 3), None])
+def test_a_dataset_gives_texts_or_a_text_and_its_part(tmp_path, document):
+    (tmp_path / "odd.py").write_text(
+        "from dataclasses import dataclass\nfrom nanopre import hookimpl\n"
+        '@dataclass\nclass Odd:\n    """Odd."""\n'
+        f"    def documents(self):\n        yield 'a text'\n        yield {document!r}\n"
+        "    def fingerprint(self):\n        return '1'\n"
+        "@hookimpl\ndef nanopre_datasets(register):\n    register('odd', Odd)\n"
+    )
+    config, registry = configs.from_dict(
+        {"plugins": [str(tmp_path / "odd.py")], "data": {"corpus": "odd", "cache_dir": str(tmp_path / "cache")},
+         "tokenizer": {"name": "bytes"}}, "test")  # fmt: skip
+    with pytest.raises(UserError, match="data.corpus: the dataset odd gave .*; a document is a text, or"):
+        corpora.prepare(config, registry, progress=False)
+
+
+def test_a_cache_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    config, registry = configs.from_dict({"data": {"cache_dir": str(tmp_path / "file")}}, "test")
+    with pytest.raises(UserError, match="data.cache_dir: the folder .*file can't be made .File exists."):
+        corpora.prepare(config, registry, progress=False)
 
 
 def test_a_misspelt_dataset_gets_the_nearest_name(tmp_path):

@@ -700,6 +700,12 @@ def test_parameters_are_counted_in_closed_form(family, bias, tied, qk_norm):
     [
         (dict(n_heads=5), "n_heads = 5 does not divide d_model = 24"),
         (dict(n_kv_heads=3), "n_kv_heads = 3 does not divide n_heads = 4"),
+        (dict(n_heads=0), "n_heads = 0 must be at least 1"),
+        (dict(n_layers=0), "n_layers = 0 must be at least 1"),
+        (dict(d_model=-32), "d_model = -32 must be at least 1"),
+        (dict(dropout=2), "dropout = 2: must be at least 0, above 0, and at least 0 and below 1"),
+        (dict(norm_eps=-1), "norm_eps = -1"),
+        (dict(rope_theta=0), "rope_theta = 0"),
         (dict(d_model=12), "d_model / n_heads = 3 must be even for rotary positions"),
     ],
 )

@@ -142,3 +142,20 @@ def test_clipping_scales_the_whole_gradient_and_reports_its_norm(model):
     assert optim.clip_gradients(model.parameters(), 0.0).item() == pytest.approx(1.0, rel=1e-4)  # 0: never scaled
     model.head.norm.weight.grad[0] = float("nan")
     assert math.isnan(optim.clip_gradients(model.parameters(), 1.0).item())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(lr=-1.0), "lr = -1.0 must be at least 0"),
+        (dict(lr=math.nan), "lr = nan must be at least 0"),
+        (dict(lr=math.inf), "lr = inf must be finite"),
+        (dict(beta1=2.0), "beta1 = 2.0 must be at least 0 and below 1"),
+        (dict(eps=-1.0), "eps = -1.0 must be at least 0"),
+        (dict(weight_decay=-1.0), "weight_decay = -1.0 must be at least 0"),
+    ],
+)
+def test_impossible_options_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_plugins().get("optimizer", name, "test")(**options)

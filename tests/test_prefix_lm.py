@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from test_spans import UniqueTokens, unique_split
 from nanopre.distributed import initialise
 from nanopre.loss import IGNORE
 from nanopre.plugins import load_plugins
+from nanopre.tokenizer import bytes_tokenizer
 
 REGISTRY = load_plugins()
 MODELS = {
@@ -70,14 +74,55 @@ def test_no_score_sees_its_target_and_the_prefix_is_seen_whole():
 
 
 @pytest.mark.parametrize("architecture", MODELS)
+def test_a_token_of_the_text_moves_the_scores_that_may_depend_on_it(architecture):
+    """From the corpus to the scores: a token of the suffix changes its own score and later ones, never one before; a token of
+    the prefix changes all. For rows cut early, in the middle and late."""
+    model, objective = make(architecture)
+
+    def scores(split) -> tuple[int, np.ndarray]:
+        """(length of the prefix, -log p of each token of the suffix)."""
+        arrays = objective.batch(split, np.array([row]), 24, seed=1)
+        batch = {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
+        targets = batch.pop("targets")[0]
+        with torch.no_grad():
+            each = F.cross_entropy(model(**batch)[0], targets, reduction="none", ignore_index=IGNORE)
+        return arrays["visible"][0], each[targets != IGNORE].numpy()
+
+    cuts = objective.batch(unique_split(500), np.arange(200), 24, seed=1)["visible"]
+    for row in (cuts.argmin(), np.abs(cuts - 12).argmin(), cuts.argmax()):
+        split = unique_split(500)
+        first = objective.batch(split, np.array([row]), 24, seed=1)["tokens"][0, 0] - 1000
+        p, before = scores(split)
+        assert p == cuts[row] and len(before) == 25 - p
+        for j in range(25):
+            changed = unique_split(500)
+            changed.tokens[(first + j) % 500] += 700
+            moved = np.abs(scores(changed)[1] - before) > 1e-6
+            assert (moved == (np.arange(p, 25) >= (j if j >= p else 0))).all(), (row, j)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_rows_depend_on_seed_and_number_alone(architecture):
+    _, objective = make(architecture)
+    split, rows = unique_split(2_000), np.array([7, 3, 400, 7])
+    together = objective.batch(split, rows, 24, seed=5)
+    for i, row in enumerate(rows):
+        alone = objective.batch(split, np.array([row]), 24, seed=5)
+        assert all((together[key][i] == alone[key][0]).all() for key in together)
+    assert (objective.batch(split, rows, 24, seed=6)["tokens"] != together["tokens"]).any()
+
+
+@pytest.mark.parametrize("architecture", MODELS)
 def test_the_loss_is_that_of_full_logits(architecture):
     model, objective = make(architecture)
     arrays = objective.batch(unique_split(2_000), np.arange(6), 24, seed=2)
     batch = {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
-    part, count = model(**batch, loss=objective.loss)["loss"], objective.counts(arrays, None)["loss"]
+    part, counts = model(**batch, loss=objective.loss)["loss"], objective.counts(arrays, UniqueTokens)
     targets = batch.pop("targets")
     expected = F.cross_entropy(model(**batch).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-    assert abs(objective.report({"loss": part.item()}, {"loss": count})["loss"] - expected.item()) < 1e-4
+    report = objective.report({"loss": part.item()}, counts)
+    assert abs(report["loss"] - expected.item()) < 1e-4
+    assert abs(report["bits_per_byte"] - expected.item() / math.log(2) / 2) < 1e-4  # each of these tokens is 2 bytes
 
 
 @pytest.mark.parametrize("architecture", MODELS)
@@ -92,3 +137,29 @@ def test_evaluation_is_fixed_and_ends_where_the_text_ends(architecture):
     assert len(scored) == len(set(scored)) and (batch["targets"][n:] == IGNORE).all()
     first, second = (objective.batch(split, np.arange(n) + e * n, 24, 7)["visible"] for e in (0, 1))
     assert (first != second).any()  # each epoch cuts anew
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_a_sample_reads_its_prompt_as_training_did(architecture):
+    tokenizer = bytes_tokenizer()
+    model, objective = make(architecture, tokenizer.n_vocab)
+    run = SimpleNamespace(model=model, tokenizer=tokenizer)
+    text = objective.sample(run, "The cat", {"max_tokens": 9, "temperature": 0})["text"]
+    prefix = torch.tensor([list(b"The cat")])
+
+    def continued(visible) -> str:
+        tokens, written = prefix, torch.tensor([[tokenizer.pad]])
+        for _ in range(9):
+            if architecture == "decoder":
+                tokens = torch.cat((tokens, model(tokens, visible=visible)[:, -1].argmax(-1, keepdim=True)), dim=1)
+            else:
+                logits = model(prefix, decoder_tokens=written, visible=visible)
+                written = torch.cat((written, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+        made = (tokens[0, 7:] if architecture == "decoder" else written[0, 1:]).tolist()
+        return tokenizer.decode(made[: made.index(tokenizer.eot)] if tokenizer.eot in made else made)
+
+    with torch.no_grad():
+        assert text == "The cat" + continued(torch.tensor([7]))
+        assert len(text) > 9
+        if architecture == "decoder":
+            assert text != "The cat" + continued(None)  # a prompt that is read from left to right is something else

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -68,9 +70,31 @@ def test_impossible_options_name_themselves(trained, arguments, capsys):
 
 
 def test_a_run_without_a_checkpoint(trained):
-    (trained / "checkpoints" / "latest").unlink()
+    shutil.rmtree(trained / "checkpoints")
     with pytest.raises(UserError, match="no checkpoint yet"):
         sample.main([str(trained)])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n", b"\xff\xfe", b"step_00000099\n"])
+def test_a_damaged_pointer_hides_no_checkpoint(trained, content):
+    pointer = trained / "checkpoints" / "latest"
+    pointer.unlink()
+    if content is not None:
+        pointer.write_bytes(content)
+    whole = sorted(trained.glob("checkpoints/step_*"))[-1]
+    with pytest.raises(UserError) as error:
+        sample.main([str(trained)])
+    assert str(error.value) == f"{pointer}: missing or damaged; name a checkpoint instead: {whole}"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--prompt", "a\udcff"], "--prompt: not UTF-8."),
+    (["--device", "foo"], '--device = "foo": no such device here'),
+    (["--device", "meta"], '--device = "meta": no such device here'),
+])  # fmt: skip
+def test_odd_arguments_get_one_sentence(trained, arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        sample.main([str(trained), *arguments])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

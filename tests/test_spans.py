@@ -24,6 +24,7 @@ class UniqueTokens:
 
     pad, eot = 0, 1
     sentinels = np.arange(100, 200)
+    bytes_per_token = np.repeat([0, 2], [1000, 20_000])
 
 
 def unique_split(n: int) -> Split:
@@ -92,6 +93,16 @@ def test_the_text_is_rebuilt_exactly(seq_len, density, mean, n, seed, first):
     assert sorted([*in_text, *in_marks]) == list(range(len(targets)))
 
 
+def test_a_row_without_room_is_refused():
+    with pytest.raises(UserError, match="train.seq_len = 1 holds no token beside the end of text; take 2 or more"):
+        SpanCorruption().rows_per_epoch(unique_split(10), 1)
+
+
+def test_lengths_are_exact_where_floating_point_is_not():
+    assert noise_counts(300, 0.285, 3.0)[0] == 86  # of 85.5, half to even
+    assert round(300 * 0.285) == 85  # of 85.49999999999999
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 10, 30, 568, 1000])
 def test_counts_stay_within_what_a_text_allows(length):
     for density in (0.0, 0.15, 0.5, 1.0):
@@ -142,6 +153,18 @@ def test_an_epoch_scores_each_row_once_and_loses_no_token():
     assert (evaluated[n:] == IGNORE).all()
     scored = evaluated[evaluated >= 1000]
     assert len(scored) == len(set(scored))  # the last row does not score the split's start again
+
+
+def test_a_sentinel_is_scored_where_its_span_is():
+    """Wherever the text ends in the last row: not the sentinel of a span that begins behind the end."""
+    partly = 0
+    for n in range(1, raw_length(64, 0.15, 3.0)):
+        targets = SpanCorruption().batch(unique_split(n), np.array([0]), 64, None)
+        decoder, scored = targets["decoder_tokens"][0], targets["targets"][0] != IGNORE
+        at = np.flatnonzero((decoder[1:] >= 100) & (decoder[1:] < 200))
+        assert (scored[at] == scored[at + 1]).all(), n
+        partly += 0 < scored[at].sum() < len(at)
+    assert partly > 30
 
 
 def test_rows_depend_on_seed_and_number_alone():

@@ -15,7 +15,8 @@ import torch
 from conftest import ENVIRONMENT, ROOT, read_log, run_script
 
 import train
-from nanopre import UserError, checkpoint, corpus as corpora, distributed
+from nanopre import UserError, checkpoint, config as configs, corpus as corpora, distributed
+from nanopre.tokenizer import bytes_tokenizer, characters_tokenizer
 
 # A signal between two steps ends the run after the second of them.
 STOP_AT_5 = """
@@ -206,6 +207,54 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(tiny, tmp_p
     assert str(victim) in str(error.value)
     assert str(folder / "checkpoints" / "step_00000006") in str(error.value)
     checkpoint.open_run(folder / "checkpoints" / "step_00000006")
+
+
+def test_what_a_resumed_run_changes_stays_changed(tiny, tmp_path):
+    folder = run(tiny, "a", tmp_path=tmp_path)
+    train.main(["--resume", str(folder), "--train.steps=18", "--optimizer.lr=1e-3"])
+    config = configs.load(folder / "config.toml")[0]
+    assert config.train.steps == 18 and config.optimizer.lr == 1e-3
+    with pytest.raises(UserError, match="all 18 steps are done; go on with --train.steps=36"):
+        train.main(["--resume", str(folder)])
+
+
+def test_a_resumed_run_is_the_run_that_it_was(tiny, tmp_path):
+    folder = run(tiny, "a", tmp_path=tmp_path)
+    for text in ("--name=b", "--out_dir=elsewhere"):
+        with pytest.raises(UserError, match=f"{text}: a run that is resumed stays in its folder"):
+            train.main(["--resume", str(folder), text])
+    with pytest.raises(UserError, match="not a run's folder"):
+        train.main(["--resume", ""])
+    bytes_tokenizer().save(folder / "tokenizer.json")
+    train.main(["--resume", str(folder), "--train.steps=13"])
+    characters_tokenizer(["other letters"]).save(folder / "tokenizer.json")
+    with pytest.raises(UserError, match="the corpus or tokenizer changed since the run began"):
+        train.main(["--resume", str(folder), "--train.steps=14"])
+
+
+def test_a_prompt_that_the_vocabulary_cannot_spell_is_refused_before_training(tiny, tmp_path):
+    options = ["--tokenizer.name=chars", "--train.prompt=ß"]
+    with pytest.raises(UserError, match="train.prompt: the character 'ß' .U.00DF. is not among the vocabulary's"):
+        run(tiny, "a", *options, "--train.samples=1", tmp_path=tmp_path)
+    assert not (tmp_path / "runs").exists()
+    run(tiny, "a", *options, tmp_path=tmp_path)  # no samples: no prompt
+
+
+def test_a_folder_that_cannot_be_made(tiny, tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match="out_dir: the run's folder .*runs/a can't be made .Not a directory."):
+        run(tiny, "a", tmp_path=tmp_path)
+
+
+def test_two_config_files_are_one_too_many():
+    with pytest.raises(UserError, match="b.toml: one config file is enough, and a.toml is the first."):
+        train.main(["a.toml", "b.toml"])
+
+
+def test_a_plugin_that_exits_ends_no_run_without_a_word(tiny, tmp_path):
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(UserError, match="leaves.py: this plugin failed to import .SystemExit: 0"):
+        run(tiny, "a", f'--plugins=["{tmp_path}/leaves.py"]', tmp_path=tmp_path)
 
 
 def test_a_checkpoint_with_foreign_pickles_runs_nothing(tiny, tmp_path):

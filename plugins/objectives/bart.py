@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from torch import Tensor
@@ -41,34 +42,33 @@ class BART:
         n, R, tokenizer = seq_len - 1, len(rows), split.tokenizer
         starts = rows * n if seed is None else window_starts(split, rows, n, seed)
         text = split.gather(starts % split.n_tokens, n)
-        budget = min(n, math.ceil(self.mask_fraction * n))
-        draws = random32(row_keys(seed, rows, 0), 2 * budget)
-        lengths = np.searchsorted(self.cumulative(), draws[:, :budget], side="right")  # (R, budget)
+        budget = math.ceil(Fraction(str(self.mask_fraction)) * n)  # 0.07 * 100 is 7, and in floating point above it
+        kept = n - budget
+        # A sequence of Poisson lengths is one of lengths above 0, of which `budget` always suffice, with so many zeros
+        # before each as there are failures before a success of probability 1 - P(0), P(0) = exp(-mean).
+        draws = random32(row_keys(seed, rows, 0), 3 * budget)
+        lengths = 1 + np.searchsorted(self.cumulative(), draws[:, :budget], side="right")  # (R, budget)
         before = np.cumsum(lengths, axis=1) - lengths
-        used = before < budget
-        lengths = np.where(used, np.minimum(lengths, budget - before), 0)
-        hidden = lengths.sum(axis=1)  # (R,)
-        inserts = used & (lengths == 0)
-        spare = hidden - (lengths > 0).sum(axis=1)  # masks that may be inserted before the row would grow
-        used &= ~inserts | (np.cumsum(inserts, axis=1) <= spare[:, None])
-        used_first = np.argsort(~used, axis=1, kind="stable")
-        lengths, used = (np.take_along_axis(array, used_first, axis=1) for array in (lengths, used))
-        kept = n - hidden
+        is_span = before < budget
+        lengths = np.where(is_span, np.minimum(lengths, budget - before), 0)
+        zeros = np.floor(-np.log((draws[:, budget : 2 * budget] + 1.0) / 2**32) / self.mean_span_length)
+        n_masks = np.minimum(is_span.sum(axis=1) + (zeros * is_span).sum(axis=1).astype(np.int64), budget)  # (R,)
 
-        # Each span lies behind so many of the tokens that stay; those that are not used come last.
-        cuts = np.where(used, draws[:, budget:].astype(np.int64) * (kept + 1)[:, None] >> 32, n + 1)
-        cuts = np.sort(cuts, axis=1)
-        first = np.where(used, cuts + np.cumsum(lengths, axis=1) - lengths, n)
+        # Each mask lies behind so many of the tokens that stay. The order of masks that lie together tells nothing, so that
+        # place and length can be sorted as one number; slots without a mask come last.
+        is_mask = np.arange(budget) < n_masks[:, None]
+        behind = draws[:, 2 * budget :].astype(np.int64) * (kept + 1) >> 32
+        behind = np.sort(np.where(is_mask, behind, kept + 1) * (budget + 1) + lengths, axis=1)
+        behind, lengths = np.divmod(behind, budget + 1)
+        ends = np.minimum(behind + np.cumsum(lengths, axis=1), n)  # of the spans, in the text
         base = np.arange(R)[:, None] * (n + 1)
-        edges = (np.bincount((base + where).ravel(), minlength=R * (n + 1)) for where in (first, first + lengths))
-        steps = np.subtract(*edges).reshape(R, n + 1)
-        stays = np.cumsum(steps, axis=1)[:, :-1] == 0  # (R, n)
+        edges = (np.bincount((base + at).ravel(), minlength=R * (n + 1)) for at in (ends - lengths, ends))
+        stays = np.cumsum(np.subtract(*edges).reshape(R, n + 1), axis=1)[:, :-1] == 0  # (R, n), True kept times a row
 
-        spans = used.sum(axis=1)
-        tokens = np.full((R, seq_len + 1), tokenizer.pad)  # the last column takes the masks that are not used
-        np.put_along_axis(tokens, np.where(used, cuts + np.arange(budget), seq_len), tokenizer.mask, axis=1)
+        tokens = np.full((R, seq_len + 1), tokenizer.pad)  # the last column takes the masks that are not
+        np.put_along_axis(tokens, np.where(is_mask, behind + np.arange(budget), seq_len), tokenizer.mask, axis=1)
         tokens = tokens[:, :seq_len]
-        end = kept + spans
+        end = kept + n_masks
         is_text = (np.arange(seq_len) < end[:, None]) & (tokens != tokenizer.mask)
         tokens[is_text] = text[stays]
         tokens[np.arange(R), end] = tokenizer.eot
@@ -80,10 +80,10 @@ class BART:
         return {"tokens": tokens, "visible": end + 1, "decoder_tokens": decoder_tokens, "targets": targets}
 
     def cumulative(self) -> np.ndarray:
-        """P(length <= 0), P(length <= 1), ... of the Poisson distribution, in units of 2**-32."""
+        """P(length <= 1), P(length <= 2), ... of the Poisson distribution without 0, in units of 2**-32."""
         mean, longest = self.mean_span_length, int(self.mean_span_length + 12 * self.mean_span_length**0.5 + 12)
-        log_p = [i * math.log(mean) - mean - math.lgamma(i + 1) for i in range(longest)]
-        return np.minimum(np.cumsum(np.exp(log_p)) * 2.0**32, 2.0**32)
+        p = [math.exp(i * math.log(mean) - mean - math.lgamma(i + 1)) for i in range(1, longest)]
+        return np.cumsum(p) / -math.expm1(-mean) * 2.0**32
 
     def counts(self, batch: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, float]:
         return {"loss": int((batch["targets"] != IGNORE).sum())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from nanopre import hookimpl
 from nanopre.data import Split, random32, row_keys, window_starts
+from nanopre.generate import generate
 from nanopre.loss import IGNORE
 from nanopre.tokenizer import Tokenizer
 
@@ -22,6 +24,7 @@ class PrefixLM:
     """
 
     architectures = ("decoder", "encoder-decoder")
+    splits_streams = False  # as an encoder-decoder does; `adapt` looks
 
     def adapt(self, model):
         self.splits_streams = model.config.architecture == "encoder-decoder"
@@ -58,15 +61,29 @@ class PrefixLM:
         return batch if decoder_tokens is None else {**batch, "decoder_tokens": decoder_tokens}
 
     def counts(self, batch: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, float]:
-        return {"loss": int((batch["targets"] != IGNORE).sum())}
+        """How many targets the loss is divided by, and how many bytes of text they stand for."""
+        targets = batch["targets"][batch["targets"] != IGNORE]
+        return {"loss": len(targets), "bytes": int(tokenizer.bytes_per_token[targets].sum())}
 
     def loss(self, head, h: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         scored = batch["targets"] != IGNORE  # about half of the positions: the others do not meet the vocabulary
         return {"loss": head.cross_entropy(h[scored], batch["targets"][scored])}
 
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-        """The mean loss in nats a target."""
-        return {"loss": sums["loss"] / counts["loss"]}
+        """The mean loss in nats a target, and in bits a byte of the suffixes, which compares across tokenizers."""
+        bits_per_byte = sums["loss"] / math.log(2) / max(1, counts["bytes"])
+        return {"loss": sums["loss"] / counts["loss"], "bits_per_byte": bits_per_byte}
+
+    def sample(self, run, prompt: str, options: dict) -> dict:
+        """The prompt and what follows it; the model reads the prompt in both directions, as it has learned to."""
+        model, tokenizer = run.model, run.tokenizer
+        prefix = tokenizer.encode(prompt).tolist()[-model.config.seq_len :] or [tokenizer.eot]
+        if model.config.architecture == "encoder-decoder":
+            start, reading = [tokenizer.pad], {"source": prefix}
+        else:
+            start, reading = prefix, {"bidirectional_prompt": True}
+        made = generate(model, start, n_vocab=tokenizer.n_vocab, stop=tokenizer.eot, **reading, **options)
+        return {"text": prompt + tokenizer.decode(list(made))}
 
 
 @hookimpl

@@ -12,7 +12,7 @@ from nanopre import UserError, hookimpl
 from nanopre.config import at_least, fraction
 from nanopre.data import Split, row_keys, window_starts
 from nanopre.loss import IGNORE
-from nanopre.spans import columns, corrupt, noise_counts, raw_length
+from nanopre.spans import corrupt, noise_counts, raw_length
 from nanopre.tokenizer import Tokenizer
 
 
@@ -51,7 +51,7 @@ class SpanCorruption:
         starts = rows * length if seed is None else window_starts(split, rows, length, seed)
         text = split.windows(starts % split.n_tokens, length)
         keys = row_keys(seed, rows, 0), row_keys(seed, rows, 1)
-        tokens, targets, is_text, source = corrupt(text, keys, noise, spans, tokenizer)
+        tokens, targets, source, text_at, marks_at = corrupt(text, keys, noise, spans, tokenizer)
         start = np.full((len(rows), 1), tokenizer.pad)
         decoder_tokens = np.concatenate((start, targets[:, :-1]), axis=1)
         if seed is None:  # the last row's text goes on past the end of the split, where nothing is scored
@@ -61,8 +61,8 @@ class SpanCorruption:
             "visible": np.full(len(rows), tokens.shape[1]),
             "decoder_tokens": decoder_tokens,
             "targets": targets,
-            "text_at": columns(is_text),
-            "marks_at": columns(~is_text),
+            "text_at": text_at,
+            "marks_at": marks_at,
         }
 
     def counts(self, batch: dict[str, np.ndarray], tokenizer: Tokenizer) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from torch import Tensor
@@ -24,65 +25,90 @@ DENOISERS = [
     ("S", 0.25, 0.0),
 ]
 MODES = {"R": 97, "X": 98, "S": 99}  # the last three sentinels are their tokens, so that no vocabulary needs others
+MOST_SPANS = 97  # sentinels that are left for spans
+
+
+@cache
+def sizes(seq_len: int, in_one_row: bool) -> list[tuple[int, int, int]]:
+    """(raw tokens, noise tokens, spans) of each denoiser's rows: all the text of which the mode's token and the input fit
+    seq_len, or the targets too where they follow in one row. Short spans run out of sentinels before a long row is full:
+    they keep their law, and the row is padded. Raises UserError where a row has no room."""
+    least = 6 if in_one_row else 4
+    if seq_len < least:
+        raise UserError(f"train.seq_len = {seq_len} is too short for a mode token and a text; take {least} or more.")
+    result = []
+    for mode, density, mean in DENOISERS:
+        if mode == "S":
+            result.append((seq_len - (2 if in_one_row else 1), 0, 0))
+            continue
+        length = raw_length(seq_len - 1, density, mean, MOST_SPANS)
+        # In one row: the mode, the text, each sentinel twice, the end of text; the second end is only a target.
+        while in_one_row and length + 2 * noise_counts(length, density, mean)[1] + 2 > seq_len:
+            length -= 1
+        result.append((length, *noise_counts(length, density, mean)))
+    return result
 
 
 @dataclass
 class UL2:
-    """Mixture of denoisers (Tay et al., 2022, section 3.1), equally often: regular and extreme spans, and suffixes."""
+    """Mixture of denoisers (Tay et al., 2022, section 3.1), equally often: regular and extreme spans, and suffixes.
 
-    architectures = ("encoder-decoder",)
+    In an encoder-decoder, or in a decoder: its row is the input, whose tokens see each other in both directions, and the
+    targets. The modes [R], [X] and [S] are the tokens <extra_id_97>, <extra_id_98> and <extra_id_99>.
+    """
 
-    def lengths(self, seq_len: int) -> list[int]:
-        """How many raw tokens a row of each denoiser is made from."""
-        if seq_len < 4:
-            raise UserError(f"train.seq_len = {seq_len} is too short for a mode token and a text; take 4 or more.")
-        return [raw_length(seq_len - 1, d, mean) if mode != "S" else seq_len - 1 for mode, d, mean in DENOISERS]
+    architectures = ("decoder", "encoder-decoder")
+    in_one_row = False  # a decoder's; `adapt` looks
+
+    def adapt(self, model):
+        self.in_one_row = model.config.architecture == "decoder"
+        return model
 
     def rows_per_epoch(self, split: Split, seq_len: int) -> int:
-        return -(-split.n_tokens // min(self.lengths(seq_len)))
+        return -(-split.n_tokens // min(n for n, *_ in sizes(seq_len, self.in_one_row)))
 
     def batch(self, split: Split, rows: np.ndarray, seq_len: int, seed: int | None) -> dict[str, np.ndarray]:
-        """{"tokens" (R, seq_len), "visible" (R,), "decoder_tokens", "targets" (R, T), "mode" (R,)}: the mode's token and the
-        input, and the targets, each padded, with T the longest targets of any denoiser. A denoiser that hides more is
-        given more text; windows overlap by as much, and none is passed over."""
-        tokenizer, all_lengths = split.tokenizer, self.lengths(seq_len)
-        sizes = [
-            noise_counts(n, d, mean) if mode != "S" else (0, 0)
-            for n, (mode, d, mean) in zip(all_lengths, DENOISERS, strict=True)
-        ]
-        most = max(spans for _, spans in sizes)
-        if most > min(MODES.values()) or len(tokenizer.sentinels) < 100:
-            raise UserError(f"objective: {most} spans in a row, and UL2 has 97 sentinels; lower train.seq_len.")
-        stride, R = min(all_lengths), len(rows)
+        """{"tokens" (R, seq_len), "visible" (R,), "targets" (R, T), "mode" (R,)} and, for an encoder-decoder,
+        "decoder_tokens" (R, T): the mode's token and the input, and the targets, each padded, with T the longest targets of
+        any denoiser; for a decoder T = seq_len, and the first target is scored at the input's last token. A denoiser that
+        hides more is given more text; windows overlap by as much, and none is passed over."""
+        tokenizer, R = split.tokenizer, len(rows)
+        if len(tokenizer.sentinels) < 100:
+            raise UserError(f"objective: UL2 needs 100 sentinels, but the vocabulary has {len(tokenizer.sentinels)}.")
+        all_sizes = sizes(seq_len, self.in_one_row)
+        stride = min(n for n, *_ in all_sizes)
         starts = rows * stride if seed is None else window_starts(split, rows, stride, seed)
-        width = max(max(noise + spans + 1 for noise, spans in sizes), seq_len // 2 + 1)
         draws = random32(row_keys(seed, rows, 2), 2).astype(np.int64)
         which = draws[:, 0] * len(DENOISERS) >> 32  # (R,)
-        batch = {
-            "tokens": np.full((R, seq_len), tokenizer.pad),
-            "visible": np.zeros(R, dtype=np.int64),
-            "decoder_tokens": np.full((R, width), tokenizer.pad),
-            "targets": np.full((R, width), IGNORE),
-            "mode": np.array([MODES[mode] for mode, *_ in DENOISERS])[which],
-        }
-        batch["tokens"][:, 0] = tokenizer.sentinels[batch["mode"]]
+        mode = np.array([MODES[mode] for mode, *_ in DENOISERS])[which]
+        longest = max(n // 2 + 1 if not spans else noise + spans + 1 for n, noise, spans in all_sizes)
+        tokens = np.full((R, seq_len), tokenizer.pad)
+        tokens[:, 0] = tokenizer.sentinels[mode]
+        visible = np.zeros(R, dtype=np.int64)
+        written = tokens if self.in_one_row else np.full((R, longest), tokenizer.pad)  # where each target is read again
+        all_targets = np.full(written.shape, IGNORE)
         for i in np.unique(which):
-            mine, mode = np.flatnonzero(which == i), DENOISERS[i][0]
-            text = split.gather(starts[mine] % split.n_tokens, all_lengths[i])
-            if mode == "S":
-                inputs, targets, source, visible = self.suffix(text, draws[mine, 1], tokenizer)
+            mine, (n, noise, spans) = np.flatnonzero(which == i), all_sizes[i]
+            text = split.gather(starts[mine] % split.n_tokens, n)
+            if DENOISERS[i][0] == "S":
+                inputs, targets, source, end = self.suffix(text, draws[mine, 1], tokenizer)
             else:
                 keys = row_keys(seed, rows[mine], 0), row_keys(seed, rows[mine], 1)
-                inputs, targets, _, source = corrupt(text, keys, *sizes[i], tokenizer)
-                visible = np.full(len(mine), inputs.shape[1])
-            batch["tokens"][mine, 1 : 1 + inputs.shape[1]] = inputs
-            batch["visible"][mine] = 1 + visible
-            n = targets.shape[1]
-            batch["decoder_tokens"][mine, 1:n] = np.where(targets[:, 1:] == IGNORE, tokenizer.pad, targets[:, :-1])
+                inputs, targets, source, *_ = corrupt(text, keys, noise, spans, tokenizer)
+                end = np.full(len(mine), inputs.shape[1])
+            visible[mine] = 1 + end
+            tokens[mine, 1 : 1 + inputs.shape[1]] = inputs
+            there = targets != IGNORE
+            row, at = np.nonzero(there)
+            first = end[row] if self.in_one_row else 0
+            # The last target of a row is never read again: what would hold it may be beyond the row's end.
+            read = at + 1 < there.sum(axis=1)[row]
+            written[mine[row[read]], (first + at)[read] + 1] = targets[there][read]
             if seed is None:  # the last row's text goes on past the end of the split, where nothing is scored
                 targets = np.where(starts[mine, None] + source >= split.n_tokens, IGNORE, targets)
-            batch["targets"][mine, :n] = targets
-        return batch
+            all_targets[mine[row], first + at] = targets[there]
+        batch = {"tokens": tokens, "visible": visible, "targets": all_targets, "mode": mode}
+        return batch if self.in_one_row else {**batch, "decoder_tokens": written}
 
     def suffix(self, text: np.ndarray, draws: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, ...]:
         """(input, targets, where in the row each target comes from, length of the input): a prefix, and the suffix of 1 to

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nanopre import hookimpl
+from nanopre.config import at_least, below_one
 from nanopre.optim import split_parameters
 
 
@@ -20,6 +21,10 @@ class AdamW:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+
+    def __post_init__(self):
+        at_least(self, lr=0, eps=0, weight_decay=0)
+        below_one(self, "beta1", "beta2")
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         matrices, ends, vectors = split_parameters(model)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nanopre import hookimpl
+from nanopre.config import at_least, below_one
 from nanopre.machine import has_fast_bfloat16
 from nanopre.optim import split_parameters
 
@@ -24,6 +25,10 @@ class Muon:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+
+    def __post_init__(self):
+        at_least(self, lr=0, adamw_lr=0, eps=0, weight_decay=0)
+        below_one(self, "momentum", "beta1", "beta2")
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         matrices, ends, vectors = split_parameters(model)
