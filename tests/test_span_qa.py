@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, read_log
 from hypothesis import given, settings, strategies as st
 
+import sample
+import train
 from nanopre import UserError
 from nanopre.distributed import initialise
 from nanopre.examples import Examples
@@ -152,6 +155,46 @@ def test_answers_are_the_best_spans_of_the_passage(start, end, null, answer):
         assert result["score"] == pytest.approx(10 - null)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_answers_are_those_of_the_originals_loop(seed):
+    """run_squad.py: every window's every span, if the window is the one that gives its start most context."""
+    draw = np.random.default_rng(seed)
+    made = []
+
+    class Random(Scores):
+        def __call__(self, tokens, **_):
+            made.append(draw.normal(size=(*tokens.shape, 2)).astype(np.float32))
+            return {"span": torch.from_numpy(made[-1])}
+
+    contexts = ["".join(draw.choice(list("abcdefgh"), size=n)) for n in draw.integers(1, 40, size=60)]
+    split = examples([("why", context, "", "-1") for context in contexts])
+    objective = SpanQA(doc_stride=int(draw.integers(1, 6)), max_answer=int(draw.integers(1, 8)), null_threshold=-2.0)
+    results = objective.answers(Random(None, None, None, 5), split, 13)
+    logits, windows = np.concatenate(made), objective.windows(split, 13)
+    for i, (context, result) in enumerate(zip(contexts, results, strict=True)):
+        rows = np.flatnonzero(windows.example == i)
+
+        def context_of(row, token):
+            left, right = token - windows.first[row], windows.first[row] + windows.length[row] - 1 - token
+            return min(left, right) + 0.01 * windows.length[row] if min(left, right) >= 0 else -1
+
+        spans = []
+        for row in rows:
+            place = 5 - windows.first[row]
+            tokens = range(windows.first[row], windows.first[row] + windows.length[row])
+            for s in tokens:
+                if row != max(rows, key=lambda other: context_of(other, s)):
+                    continue
+                for e in tokens:
+                    if s <= e < s + objective.max_answer:
+                        spans.append((logits[row, place + s, 0] + logits[row, place + e, 1], s, e))
+        best, s, e = max(spans)
+        score = best - min(logits[row, 0].sum() for row in rows)
+        assert result["score"] == pytest.approx(score, abs=1e-5)
+        assert result["answer"] == ("" if -score > -2 else context[s : e + 1])
+    assert any(result["answer"] for result in results) and not all(result["answer"] for result in results)
+
+
 def test_a_task_that_can_be_learnt_is_learnt():
     """The answer is the word between two marks, somewhere among letters."""
     draw, records = random.Random(0), []
@@ -174,3 +217,29 @@ def test_a_task_that_can_be_learnt_is_learnt():
         optimizer.zero_grad()
     after = objective.evaluate(model.eval(), val, 32)
     assert before["exact_match"] < 0.3 and after["exact_match"] > 0.9
+
+
+def test_without_examples_nothing_is_answered():
+    assert SpanQA(eval_examples=0).evaluate(None, examples([("q", "a dog", "dog", "2")]), 32) == {}
+
+
+def test_a_whole_run(tiny, tmp_path, capsys):
+    """From a file of SQuAD's format, with a question that has no answer."""
+    context = "The cat sat on the mat and the dog lay by the door. " * 2
+    qas = [{"question": f"Where is it, {i}?", "answers": [{"text": "mat", "answer_start": 19}] * (i > 0)} for i in range(20)]
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps({"data": [{"paragraphs": [{"context": context, "qas": qas}]}]}))
+    train.main([*tiny, "--model.name=bert", "--objective.name=span_qa", "--objective.doc_stride=12",
+                "--objective.max_question=8", "--data.corpus.name=squad", f"--data.corpus.path={file}",
+                "--optimizer.lr=0.003", "--train.steps=2", "--train.eval_interval=2"])  # fmt: skip
+    _, evaluations = read_log(tmp_path / "runs" / "tiny")
+    assert {"val_loss", "val_accuracy", "val_exact_match", "val_f1"} <= set(evaluations[-1])
+    run = str(tmp_path / "runs" / "tiny")
+    capsys.readouterr()
+    sample.main([run, "--prompt", f"Where?\t{context}", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["answer"] in context and result["text"] == (result["answer"] or "(no answer)")
+    assert np.isfinite(result["score"])
+    for prompt in ("Where?", "Where?\t "):
+        with pytest.raises(UserError, match="the prompt must be two texts with a tab between them"):
+            sample.main([run, "--prompt", prompt])

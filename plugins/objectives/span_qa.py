@@ -28,7 +28,7 @@ class SpanQA:
     doc_stride: int = 128  # tokens from one window of a long context to the next
     max_answer: int = 30  # tokens
     null_threshold: float = 0.0  # how much better than the best answer "no answer" must be scored to be given
-    eval_examples: int = 200  # of the validation part, that are answered for exact match and F1
+    eval_examples: int = 200  # of the validation part, that are answered for exact match and F1; 0: none
 
     architectures = ("encoder",)
 
@@ -86,6 +86,8 @@ class SpanQA:
     def evaluate(self, model, split: Examples, seq_len: int) -> dict[str, float]:
         """Exact match and token F1 of the answers."""
         n = min(self.eval_examples, len(split))
+        if not n:
+            return {}
         part = Examples({name: texts[:n] for name, texts in split.columns.items()}, split.tokenizer)
         answers = [answer["answer"] for answer in self.answers(model, part, seq_len)]
         return metrics.score(zip(answers, part.columns[self.answer], strict=True))
@@ -93,8 +95,9 @@ class SpanQA:
     @torch.inference_mode()
     def answers(self, model, split: Examples, seq_len: int) -> list[dict]:
         """{"answer", "score"} of each example: the part of the context from a start to an end behind it with the greatest
-        sum of logits, each token scored in the window that gives it most context; "" where [CLS] has more than
-        null_threshold above that. The score is the answer's above the null answer's."""
+        sum of logits, both of the window that gives the start most context (in google-research/bert, run_squad.py);
+        "" where [CLS], in the window that has least for it, has more than null_threshold above that. The score is the
+        answer's above the null answer's. One example or more."""
         windows = Windows(self, split, seq_len)
         device = next(model.parameters()).device
         logits = []
@@ -109,19 +112,20 @@ class SpanQA:
         for i, text in enumerate(split.columns[self.context]):
             rows = np.flatnonzero(windows.example == i)
             n = len(windows.ends[i])
-            best, null = np.full((n, 2), -np.inf), np.inf
-            context = np.full(n, -1.0)  # what each token's best window gives it, on the poorer side
+            scores = np.full((n, self.max_answer), -np.inf)  # [s, k]: from token s to token s + k
+            most = np.full(n, -1.0)  # context that any window so far has given each token, on the poorer side
+            offset = 2 + windows.n_question[i]
             for row in rows:
-                places = np.arange(windows.first[row], windows.first[row] + windows.length[row])  # in the context
-                room = np.minimum(places - places[0], places[-1] - places) + 0.01 * len(places) if len(places) else places
-                better = room > context[places]
-                offset = 2 + windows.n_question[i]
-                best[places[better]] = logits[row, offset : offset + len(places)][better]
-                context[places] = np.maximum(context[places], room)
-                null = min(null, logits[row, 0].sum())
-            # scores[s, k]: from token s to token s + k
-            ends = np.concatenate((best[:, 1], np.full(self.max_answer, -np.inf)))
-            scores = best[:, :1] + np.lib.stride_tricks.sliding_window_view(ends, self.max_answer)[:n]
+                first, length = windows.first[row], windows.length[row]
+                places = np.arange(length)  # in the window
+                context = np.minimum(places, places[::-1]) + 0.01 * length
+                better = context > most[first : first + length]
+                start, end = logits[row, offset : offset + length].T
+                ends = np.concatenate((end, np.full(self.max_answer, -np.inf)))
+                spans = start[:, None] + np.lib.stride_tricks.sliding_window_view(ends, self.max_answer)[:length]
+                scores[first + places[better]] = spans[better]
+                most[first + places[better]] = context[better]
+            null = logits[rows, 0].sum(axis=1).min()
             top = float(scores.max()) if n else -np.inf
             answer = ""
             if n and not null - top > self.null_threshold:
@@ -134,7 +138,7 @@ class SpanQA:
     def sample(self, run, prompt: str, options: dict) -> dict:
         """The answer to "question<tab>context"."""
         question, tab, context = prompt.rstrip("\n").partition("\t")
-        if not tab:
+        if not tab or not context.strip():
             raise UserError("the prompt must be two texts with a tab between them: question <tab> context.")
         columns = {self.question: [question], self.context: [context], self.answer: [""], self.answer_start: ["-1"]}
         result = self.answers(run.model, Examples(columns, run.tokenizer), run.model.config.seq_len)[0]
