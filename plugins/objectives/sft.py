@@ -22,7 +22,7 @@ class SFT:
 
     template: str = "{prompt}"  # what comes before the response; the name in braces is a column
     response: str = "response"  # column
-    eval_examples: int = 200  # of the validation part, that are decoded for exact match and F1
+    eval_examples: int = 200  # of the validation part, that are decoded for exact match and F1; 0: none
 
     architectures = ("decoder",)
 
@@ -81,17 +81,22 @@ class SFT:
         return {"loss": sums["loss"] / max(1, counts["loss"])}
 
     def evaluate(self, model, split: Examples, seq_len: int) -> dict[str, float]:
-        """Exact match and token F1 of greedy responses."""
-        prompts = self.prompts(split).columns["prompt"][: self.eval_examples]
-        truths = split.columns[self.response]
-        longest = int(np.diff(split.tokens(self.response)[1]).max()) + 1
+        """Exact match and token F1 of greedy responses. A long prompt loses its front, as in training: here so that the
+        longest response would stay."""
+        n = min(self.eval_examples, len(split))
+        if not n:
+            return {}
+        tokens, starts = self.prompts(split).tokens("prompt")
+        longest = min(seq_len, int(np.diff(split.tokens(self.response)[1]).max()) + 1)
+        fronts = np.maximum(starts[:-1], starts[1:] - (seq_len - longest))
+        prompts = (tokens[front:end] for front, end in zip(fronts[:n], starts[1:], strict=False))
         options = {"temperature": 0, "max_tokens": longest}
-        return metrics.score(
-            (self.answer(model, split.tokenizer, p, options), t) for p, t in zip(prompts, truths, strict=False)
-        )
+        responses = (self.answer(model, split.tokenizer, prompt, options) for prompt in prompts)
+        return metrics.score(zip(responses, split.columns[self.response][:n], strict=True))
 
-    def answer(self, model, tokenizer: Tokenizer, prompt: str, options: dict) -> str:
-        start = [tokenizer.eot, *tokenizer.encode(prompt).tolist()]
+    def answer(self, model, tokenizer: Tokenizer, prompt: np.ndarray, options: dict) -> str:
+        """The response to the tokens of a prompt in its template."""
+        start = [tokenizer.eot, *prompt.tolist()]
         return tokenizer.decode(list(generate(model, start, n_vocab=tokenizer.n_vocab, stop=tokenizer.eot, **options)))
 
     def sample(self, run, prompt: str, options: dict) -> dict:
@@ -99,7 +104,8 @@ class SFT:
         if not prompt.strip():
             raise UserError(f'--prompt: there is nothing to put into the template "{self.template}".')
         before, after = re.split(r"\{\w+\}", self.template)
-        return {"text": self.answer(run.model, run.tokenizer, before + prompt.rstrip("\n") + after, options)}
+        tokens = run.tokenizer.encode(before + prompt.rstrip("\n") + after)
+        return {"text": self.answer(run.model, run.tokenizer, tokens, options)}
 
 
 @hookimpl
