@@ -1,15 +1,20 @@
-"""Text to text and prompt to response: rows by hand, what is scored, and tasks that can be learnt."""
+"""Text to text: rows by hand, their loss, what is decoded, and a task that is learnt."""
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import read_log
 from hypothesis import given, settings, strategies as st
 
+import sample
+import train
+from nanopre import UserError
 from nanopre.distributed import initialise
 from nanopre.examples import Examples
 from nanopre.loss import IGNORE
@@ -17,20 +22,23 @@ from nanopre.plugins import load_plugins
 from nanopre.tokenizer import bytes_tokenizer
 
 REGISTRY = load_plugins()
-Seq2Seq, SFT = (REGISTRY.get("objective", name, "test") for name in ("seq2seq", "sft"))
+Seq2Seq = REGISTRY.get("objective", "seq2seq", "test")
 BYTES = bytes_tokenizer()
 EOT, PAD = BYTES.eot, BYTES.pad
-MODELS = {
-    "seq2seq": ("t5", dict(d_model=64, n_layers=1, n_heads=4, d_head=16)),
-    "sft": ("llama", dict(d_model=64, n_layers=2, n_heads=4)),
-}
 
 
 def ids(text: str) -> list[int]:
     return BYTES.encode(text).tolist()
 
 
-def test_a_row_of_text_to_text():
+def make():
+    model = REGISTRY.get("model", "t5", "test")(d_model=64, n_layers=1, n_heads=4, d_head=16)
+    model = model.build(-(-BYTES.n_vocab // 64) * 64, 16)
+    initialise(model, 1)
+    return model
+
+
+def test_a_row():
     objective = Seq2Seq(template="add {a} to {b}", target="sum", max_target=4)
     assert objective.columns() == ["a", "b", "sum"]
     split = Examples({"a": ["1", "{b}"], "b": ["2", "0" * 30], "sum": ["3", "12345"]}, BYTES)
@@ -43,36 +51,35 @@ def test_a_row_of_text_to_text():
     assert batch["tokens"][1].tolist() == [*ids("add {b} to 0000"), EOT]
     assert batch["targets"][1].tolist() == [*ids("123"), EOT]
     assert (batch["targets"][2] == IGNORE).all()  # past the end
+    assert objective.counts(batch, BYTES) == {"loss": 2 + 4}
 
 
 @given(
     st.lists(st.tuples(st.text(max_size=12), st.text(max_size=12)), min_size=1, max_size=6),
-    st.integers(2, 30),
-    st.one_of(st.none(), st.integers(0, 99)),
+    st.integers(2, 20),
+    st.integers(0, 20),
+    st.integers(0, 99),
 )
-@settings(max_examples=80, deadline=None)
-def test_a_response_is_scored_whole_and_a_prompt_never(pairs, seq_len, seed):
-    objective = SFT(template="Q: {prompt} A:")
-    split = Examples({"prompt": [p for p, _ in pairs], "response": [r for _, r in pairs]}, BYTES)
-    batch = objective.batch(split, np.arange(len(pairs)), seq_len, seed)
-    assert batch["tokens"].shape == batch["targets"].shape == (len(pairs), seq_len)
-    rows = []
-    for prompt, response in pairs:
-        response_ids = ids(response)[: seq_len - 1] + [EOT]
-        prompt_ids = ids(f"Q: {prompt} A:")
-        room = seq_len - len(response_ids)
-        rows.append((([EOT] + prompt_ids[len(prompt_ids) - min(room, len(prompt_ids)) :]), response_ids))
-    found = []
-    for tokens, targets in zip(batch["tokens"].tolist(), batch["targets"].tolist(), strict=True):
-        scored = [i for i, target in enumerate(targets) if target != IGNORE]
-        assert scored == list(range(scored[0], scored[-1] + 1))
-        start, response = tokens[: scored[0] + 1], [targets[i] for i in scored]
-        assert tokens[scored[0] + 1 : scored[-1] + 1] == response[:-1]  # each is predicted from those before it
-        assert all(token == PAD for token in tokens[scored[-1] + 2 :])
-        found.append((start, response))
-    assert sorted(found) == sorted(rows) if seed is not None else found == rows
-    past = objective.batch(split, np.arange(len(pairs), len(pairs) + 2), seq_len, None)
-    assert (past["targets"] == IGNORE).all()
+@settings(max_examples=60, deadline=None)
+def test_source_and_target_are_found_in_the_rows_again(pairs, max_target, more, seed):
+    objective = Seq2Seq(max_target=max_target)
+    split = Examples({"source": [s for s, _ in pairs], "target": [t for _, t in pairs]}, BYTES)
+    seq_len, n = max_target + more, len(pairs)
+    expected = [(ids(s)[: seq_len - 1] + [EOT], ids(t)[: max_target - 1] + [EOT]) for s, t in pairs]
+    rows = np.arange(n, 2 * n)
+    for batch in (objective.batch(split, np.arange(n), seq_len, None), objective.batch(split, rows, seq_len, seed)):
+        found = []
+        for i in range(n):
+            source, target = batch["tokens"][i].tolist(), batch["targets"][i].tolist()
+            written = [token for token in target if token != IGNORE]
+            assert target == written + [IGNORE] * (max_target - len(written))
+            assert batch["decoder_tokens"][i, : len(written)].tolist() == [PAD, *written[:-1]]
+            assert set(source[batch["visible"][i] :]) <= {PAD}
+            found.append((source[: batch["visible"][i]], written))
+        assert sorted(found) == sorted(expected)
+    one_by_one = [objective.batch(split, rows[i : i + 1], seq_len, seed) for i in range(n)]
+    for name, array in batch.items():
+        assert (np.concatenate([row[name] for row in one_by_one]) == array).all()
 
 
 @pytest.mark.parametrize("options, message", [
@@ -83,43 +90,40 @@ def test_impossible_options_are_refused(options, message):
         Seq2Seq(**options)
 
 
-def test_two_columns_are_too_many_for_a_prompt():
-    with pytest.raises(ValueError, match="must name one column"):
-        SFT(template="{a}{b}")
+def test_a_target_longer_than_the_model_is_refused():
+    split = Examples({"source": ["a"], "target": ["b"]}, BYTES)
+    with pytest.raises(UserError, match="objective.max_target = 17 is more than train.seq_len = 16"):
+        Seq2Seq(max_target=17).batch(split, np.arange(1), 16, None)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_loss_is_that_of_full_logits(name):
-    objective = REGISTRY.get("objective", name, "test")()
-    columns = {"source": ["ab", "cde"], "prompt": ["ab", "cde"], "target": ["x", "yz"], "response": ["x", "yz"]}
-    split = Examples({column: columns[column] for column in objective.columns()}, BYTES)
-    model = make(name)
-    arrays = objective.batch(split, np.arange(2), 12, None)
+def test_the_loss_is_that_of_full_logits():
+    objective = Seq2Seq(max_target=5)
+    split = Examples({"source": ["ab", "cde"], "target": ["x", "yz"]}, BYTES)
+    model = make()
+    arrays = objective.batch(split, np.arange(3), 12, None)
     batch = {key: torch.from_numpy(array) for key, array in arrays.items()}
     part, count = model(**batch, loss=objective.loss)["loss"], objective.counts(arrays, BYTES)
+    past = {key: tensor[2:] for key, tensor in batch.items()}
+    assert model(**past, loss=objective.loss)["loss"] == 0  # as a rank may have a batch without any target
     targets = batch.pop("targets")
     expected = F.cross_entropy(model(**batch).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     assert count == {"loss": 5}  # x, y, z and two ends
     assert abs(objective.report({"loss": part.item()}, count)["loss"] - expected.item()) < 1e-5
 
 
-def make(name: str):
-    kind, options = MODELS[name]
-    model = REGISTRY.get("model", kind, "test")(**options).build(-(-BYTES.n_vocab // 64) * 64, 16)
-    initialise(model, 1)
-    return model
+def test_without_examples_nothing_is_decoded():
+    split = Examples({"source": ["a"], "target": ["b"]}, BYTES)
+    assert Seq2Seq(eval_examples=0).evaluate(None, split, 16) == {}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_task_that_can_be_learnt_is_learnt(name):
+def test_a_task_that_can_be_learnt_is_learnt():
     """The last letter of three, in capitals; decoded greedily on examples that were not trained on."""
     draw, letters = random.Random(0), "abcdefgh"
     sources = ["".join(draw.choices(letters, k=3)) for _ in range(400)]
     targets = [source[-1].upper() for source in sources]
-    objective = REGISTRY.get("objective", name, "test")()
-    read, write = objective.columns()
-    train, val = (Examples({read: sources[part], write: targets[part]}, BYTES) for part in (slice(0, 350), slice(350, 400)))
-    model = make(name)
+    objective = Seq2Seq(max_target=4)
+    train, val = (Examples({"source": sources[part], "target": targets[part]}, BYTES) for part in (slice(350), slice(350, 400)))
+    model = make()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     before = objective.evaluate(model, val, 16)
     for step in range(150):
@@ -131,3 +135,19 @@ def test_a_task_that_can_be_learnt_is_learnt(name):
     after = objective.evaluate(model, val, 16)
     assert before["exact_match"] < 0.3
     assert after["exact_match"] > 0.9 and after["f1"] >= after["exact_match"]
+
+
+def test_a_whole_run(tiny, tmp_path, capsys):
+    file = tmp_path / "pairs.tsv"
+    file.write_text("a\tb\tsum\n" + "".join(f"{i}\t{j}\t{i + j}\n" for i in range(9) for j in range(9)))
+    train.main([*tiny, "--model.name=t5", "--objective.name=seq2seq", "--objective.template={a} and {b}",
+                "--objective.target=sum", "--objective.max_target=8", "--objective.eval_examples=3",
+                f"--data.corpus={file}"])  # fmt: skip
+    _, evaluations = read_log(tmp_path / "runs" / "tiny")
+    assert {"val_loss", "val_exact_match", "val_f1"} <= set(evaluations[-1])
+    capsys.readouterr()
+    sample.main([str(tmp_path / "runs" / "tiny"), "--prompt", "1\t2", "--temperature", "0", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["source"] == "1 and 2" and isinstance(result["text"], str)
+    with pytest.raises(UserError, match="the prompt must be 2 texts: a <tab> b."):
+        sample.main([str(tmp_path / "runs" / "tiny"), "--prompt", "1"])

@@ -23,7 +23,7 @@ class Seq2Seq:
     template: str = "{source}"  # the source; names in braces are columns
     target: str = "target"  # column
     max_target: int = 64  # tokens, with the end of text
-    eval_examples: int = 200  # of the validation part, that are decoded for exact match and F1
+    eval_examples: int = 200  # of the validation part, that are decoded for exact match and F1; 0: none
 
     architectures = ("encoder-decoder",)
 
@@ -60,6 +60,8 @@ class Seq2Seq:
         """{"tokens" (R, seq_len), "visible" (R,), "decoder_tokens", "targets" (R, max_target)}. The source and the target
         each end in the end of text, and lose tokens from the back where they are too long; the decoder starts from
         [PAD]."""
+        if self.max_target > seq_len:
+            raise UserError(f"objective.max_target = {self.max_target} is more than train.seq_len = {seq_len}; lower it.")
         index, beyond = visit(rows, len(split), seed)
         tokenizer, end = split.tokenizer, constant(split.tokenizer.eot, len(index))
         tokens, starts = self.sources(split).tokens("source")
@@ -86,9 +88,11 @@ class Seq2Seq:
 
     def evaluate(self, model, split: Examples, seq_len: int) -> dict[str, float]:
         """Exact match and token F1 of greedy output."""
-        sources = self.sources(split).columns["source"][: self.eval_examples]
-        targets = split.columns[self.target]
-        return metrics.score((self.write(model, split.tokenizer, s), t) for s, t in zip(sources, targets, strict=False))
+        n = min(self.eval_examples, len(split))
+        if not n:
+            return {}
+        written = (self.write(model, split.tokenizer, source) for source in self.sources(split).columns["source"][:n])
+        return metrics.score(zip(written, split.columns[self.target][:n], strict=True))
 
     def write(self, model, tokenizer: Tokenizer, source: str, **options) -> str:
         """The target that the model writes for a source; options as `generate` has them."""
