@@ -25,7 +25,7 @@ class SpanQA:
     answer: str = "answer"
     answer_start: str = "answer_start"  # where the answer begins in the context, in characters; -1 or "": there is none
     max_question: int = 64  # tokens
-    doc_stride: int = 128  # tokens from one window of a long context to the next
+    doc_stride: int = 128  # tokens from one window of a long context to the next; at most half a window
     max_answer: int = 30  # tokens
     null_threshold: float = 0.0  # how much better than the best answer "no answer" must be scored to be given
     eval_examples: int = 200  # of the validation part, that are answered for exact match and F1; 0: none
@@ -164,7 +164,7 @@ class Windows:
         sizes = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
         self.contexts = np.concatenate([*(ids for ids, _ in encoded), np.zeros(0)]).astype(np.int64)
         self.context_starts = np.cumsum(sizes) - sizes
-        stride = np.minimum(objective.doc_stride, room)
+        stride = np.minimum(objective.doc_stride, -(-room // 2))
         n_windows = 1 + -(-np.maximum(0, sizes - room) // stride)
         self.example = np.repeat(np.arange(len(split)), n_windows)  # of each window
         number = np.arange(len(self.example)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
