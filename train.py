@@ -168,7 +168,8 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
                 counts = {key: counts.get(key, 0) + n[key] for key in n}
             metrics = objective.report(numbers(world.sum(sums)), numbers(world.sum(counts)))
             if hasattr(objective, "evaluate"):
-                metrics |= objective.evaluate(model, corpus.val, c.seq_len)
+                with torch.compiler.set_stance("force_eager"):  # decoding: a new length at every token
+                    metrics |= objective.evaluate(model, corpus.val, c.seq_len)
             model.train()
             return metrics
 
