@@ -56,8 +56,10 @@ def choose_device(name: str, key: str = "train.device") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps") or device.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("only cpu, cuda and mps are supported" if device.type != "cuda" else "no CUDA")
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not one of cpu, cuda, mps")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("no CUDA")
         if device.type == "cuda":
             index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
             device = torch.device("cuda", index)
