@@ -74,13 +74,13 @@ def test_the_split_shares_out_whole_documents(n, fraction, empty):
     full = [text for text in texts if text]
 
     class Source:
-        key = "data.corpus"
+        key, name = "data.corpus", "the made-up texts"
 
         def documents(self):
             return ((text, None) for text in texts)
 
     if not full or (len(full) == 1 and fraction):
-        with pytest.raises(UserError, match="there is no text in " if not full else "it is one document"):
+        with pytest.raises(UserError, match="there is no text in the made-up texts" if not full else "it is one document"):
             list(_split(Source(), None, fraction))
         return
     parts = list(_split(Source(), None, fraction))
