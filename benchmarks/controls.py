@@ -20,13 +20,14 @@ MaskedLM = REGISTRY.get("objective", "mlm_nsp", __file__)
 
 @dataclass
 class ShuffledTokens(CausalLM):
-    """Causal LM on windows whose tokens are in random order: no better than the unigram."""
+    """Causal LM on tokens from anywhere in the text: no better than the unigram. (Those of one window in random order are:
+    a passage has its own words, and 300 steps gain 0.26 nats of that.)"""
 
     def batch(self, split, rows, seq_len, seed):
         batch = super().batch(split, rows, seq_len, seed)
-        order = np.argsort(random32(row_keys(seed, rows, stream=99), seq_len), axis=1)
-        windows = np.take_along_axis(batch["targets"], order, axis=1)
-        return {"tokens": np.where(windows == IGNORE, 0, windows)[:, :-1], "targets": windows[:, 1:]}
+        draws = random32(row_keys(seed, rows, stream=99), seq_len + 1).astype(np.int64)
+        windows = split.tokens[draws * split.n_tokens >> 32].astype(np.int64)
+        return {"tokens": windows[:, :-1], "targets": np.where(batch["targets"] == IGNORE, IGNORE, windows[:, 1:])}
 
 
 @dataclass
