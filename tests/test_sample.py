@@ -75,7 +75,7 @@ def test_a_run_without_a_checkpoint(trained):
         sample.main([str(trained)])
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\n", b"\xff\xfe", b"step_00000099\n"])
+@pytest.mark.parametrize("content", [None, b"", b"\n", b"\xff\xfe", b"step_00000099\n", b"..", b"\0", b"s" * 999])
 def test_a_damaged_pointer_hides_no_checkpoint(trained, content):
     pointer = trained / "checkpoints" / "latest"
     pointer.unlink()
