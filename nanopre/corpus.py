@@ -115,9 +115,9 @@ class Source:
         for document in self.dataset.documents():
             match document:
                 case str():
-                    yield document, None
+                    yield check_characters(document, f"{self.key}: the dataset {self.name}"), None
                 case (str(), None | "train" | "val"):
-                    yield document
+                    yield check_characters(document[0], f"{self.key}: the dataset {self.name}"), document[1]
                 case _:
                     right = 'a document is a text, or (text, "train" or "val")'
                     raise UserError(f"{self.key}: the dataset {self.name} gave {repr(document)[:80]}; {right}.")
@@ -157,7 +157,7 @@ def read_file(file: str, text_key: str) -> Iterator[str]:
         yield from _read_parquet(file, text_key)
         return
     with unpacked(file) as stream:
-        yield from _read_jsonl(file, stream, text_key) if name.endswith((".jsonl", ".ndjson")) else _read_text(stream)
+        yield from _read_jsonl(file, stream, text_key) if name.endswith((".jsonl", ".ndjson")) else _read_text(file, stream)
 
 
 @contextmanager
@@ -167,18 +167,23 @@ def unpacked(file: str) -> Iterator[BinaryIO]:
     try:
         with unpack(file, "rb") as stream:
             yield stream
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 ({error.reason}, at byte {error.start:,} of a piece of the text).") from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{file}: the compressed file is damaged ({error}).") from None
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror}).") from None
 
 
-def _read_text(stream) -> Iterator[str]:
+def _read_text(file: str, stream: BinaryIO) -> Iterator[str]:
     """A file of less than twice DOCUMENT_BYTES is a document. A longer one is cut at blank lines, else at line ends, else
     at characters, so that a text of any length streams and can be split by document."""
-    rest = b""
+    rest, begin = b"", 0  # what is not a document yet, and where in the text that begins
+
+    def decoded(text: bytes) -> str:
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 ({error.reason}, at byte {begin + error.start:,}).") from None
+
     while piece := stream.read(DOCUMENT_BYTES):
         rest += piece
         if len(rest) >= 2 * DOCUMENT_BYTES:
@@ -188,10 +193,10 @@ def _read_text(stream) -> Iterator[str]:
                 cut = DOCUMENT_BYTES
                 while rest[cut] & 0xC0 == 0x80 and cut > DOCUMENT_BYTES - 4:  # within a character
                     cut -= 1
-            yield rest[:cut].decode("utf-8")
-            rest = rest[cut:]
+            yield decoded(rest[:cut])
+            rest, begin = rest[cut:], begin + cut
     if rest:
-        yield rest.decode("utf-8")
+        yield decoded(rest)
 
 
 def read_json_lines(file: str, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
@@ -213,10 +218,16 @@ def _read_jsonl(file: str, stream, text_key: str) -> Iterator[str]:
             keys = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
             hint = nearest(text_key, keys).replace("choose from", "there are") if keys else "it has no key with a text."
             raise UserError(f'{file}:{number}: has no text at the key data.text_key = "{text_key}"; {hint}')
-        text = record[text_key]
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise UserError(f"{file}:{number}: the text has half of a surrogate pair, which is no character.")
-        yield text
+        yield check_characters(record[text_key], f"{file}:{number}")
+
+
+def check_characters(text: str, where: str) -> str:
+    """The text. Raises UserError where it has what UTF-8 can't write, as "\\ud800" in JSON gives it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: the text has half of a surrogate pair, which is no character.") from None
+    return text
 
 
 def _read_parquet(file: str, text_key: str) -> Iterator[str]:

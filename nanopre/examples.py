@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanopre import UserError, config as configs
-from nanopre.corpus import Source, digest, make_folder, make_tokenizer, read_json_lines, unpacked
+from nanopre.corpus import Source, check_characters, digest, make_folder, make_tokenizer, read_json_lines, unpacked
 from nanopre.data import Corpus, hash64, permute
 from nanopre.plugins import Registry, nearest
 from nanopre.tokenizer import Tokenizer
@@ -173,4 +173,5 @@ def pick(row: object, columns: list[str], file: str, number: int) -> Record:
             raise UserError(f'{file}:{number}: has no column "{column}", which the objective reads; {hint}')
         if not isinstance(row[column], (str, int, float)):
             raise UserError(f'{file}:{number}: the column "{column}" is {json.dumps(row[column])[:40]}, not a text.')
+        check_characters(str(row[column]), f"{file}:{number}")
     return tuple(text if isinstance(text := row[column], str) else json.dumps(text) for column in columns)

@@ -103,7 +103,7 @@ def test_a_long_text_is_cut_without_loss(pieces):
     import io
 
     text = "".join(pieces)
-    parts = list(_read_text(io.BytesIO(text.encode())))
+    parts = list(_read_text("a.txt", io.BytesIO(text.encode())))
     assert "".join(parts) == text
     assert all(0 < len(part.encode()) < 2 * corpora.DOCUMENT_BYTES for part in parts)
 
@@ -229,6 +229,7 @@ def bad_files(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "one.txt").write_text("one document")
     (tmp_path / "bytes.txt").write_bytes(b"\x80" * 300_000)
+    (tmp_path / "late.txt.gz").write_bytes(gzip.compress(b"a line\n" * 50_000 + b"\xff" + b"a line\n" * 50_000))
     (tmp_path / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n')
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     pyarrow = pytest.importorskip("pyarrow")
@@ -238,14 +239,15 @@ def bad_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "corpus, message",
     [
-        ("latin.txt", r"latin\.txt: not UTF-8"),
+        ("latin.txt", r"latin\.txt: not UTF-8 \(unexpected end of data, at byte 3\)\."),
         ("broken.jsonl", r"broken\.jsonl:2: not a line of JSON"),
         ("keyless.jsonl", r'keyless\.jsonl:1: has no text at the key data.text_key = "text"; there are body'),
         ("number.jsonl", r"number\.jsonl:1: has no text .* it has no key with a text"),
         ("cut.jsonl.gz", r"cut\.jsonl\.gz: the compressed file is damaged"),
         ("not.jsonl.xz", r"not\.jsonl\.xz: the compressed file is damaged"),
         ("not.parquet", r"not\.parquet: can't be read as \.parquet"),
-        ("bytes.txt", r"bytes\.txt: not UTF-8"),
+        ("bytes.txt", r"bytes\.txt: not UTF-8 \(invalid start byte, at byte 0\)\."),
+        ("late.txt.gz", r"late\.txt\.gz: not UTF-8 \(invalid start byte, at byte 350,000\)\."),
         ("surrogate.jsonl", r"surrogate\.jsonl:1: the text has half of a surrogate pair"),
         ("deep.jsonl", r"deep\.jsonl:1: not a line of JSON"),
         ("number.parquet", r'number\.parquet: the column data.text_key = "text" is int64; it must be a string.'),
@@ -263,7 +265,7 @@ def test_a_mistake_in_the_corpus_is_one_sentence(tmp_path, corpus, message):
     assert not (tmp_path / "cache" / "corpora").exists() or folders(tmp_path) == []
 
 
-@pytest.mark.parametrize("document", [5, ("text", "test"), ("text", "val", 3), None])
+@pytest.mark.parametrize("document", [5, ("text", "test"), ("text", "val", 3), None, "\ud800", ("\ud800", "val")])
 def test_a_dataset_gives_texts_or_a_text_and_its_part(tmp_path, document):
     (tmp_path / "odd.py").write_text(
         "from dataclasses import dataclass\nfrom nanopre import hookimpl\n"
@@ -275,7 +277,7 @@ def test_a_dataset_gives_texts_or_a_text_and_its_part(tmp_path, document):
     config, registry = configs.from_dict(
         {"plugins": [str(tmp_path / "odd.py")], "data": {"corpus": "odd", "cache_dir": str(tmp_path / "cache")},
          "tokenizer": {"name": "bytes"}}, "test")  # fmt: skip
-    with pytest.raises(UserError, match="data.corpus: the dataset odd gave .*; a document is a text, or"):
+    with pytest.raises(UserError, match="data.corpus: the dataset odd( gave .*; a document is|: the text has half of)"):
         corpora.prepare(config, registry, progress=False)
 
 
