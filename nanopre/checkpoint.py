@@ -48,14 +48,17 @@ def create_run(run_dir: Path, config: configs.Config, tokenizer: Tokenizer) -> N
 
 def write_config(run_dir: Path, config: configs.Config) -> None:
     """Save the resolved config with the run: when it begins, and when it goes on with other values."""
-    (run_dir / "config.toml.tmp").write_text(configs.to_toml(config), encoding="utf-8")
-    os.replace(run_dir / "config.toml.tmp", run_dir / "config.toml")
+    try:
+        (run_dir / "config.toml.tmp").write_text(configs.to_toml(config), encoding="utf-8")
+        os.replace(run_dir / "config.toml.tmp", run_dir / "config.toml")
+    except OSError as error:
+        raise UserError(f"{run_dir / 'config.toml'}: can't be written ({error.strerror}).") from None
 
 
 def free_name(out_dir: Path, name: str) -> str:
     """The first of name, name-2, name-3, ... that no run has taken."""
     number, free = 1, name
-    while (out_dir / free).exists():
+    while os.path.exists(out_dir / free):
         number += 1
         free = f"{name}-{number}"
     return free

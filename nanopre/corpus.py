@@ -51,7 +51,7 @@ def prepare(config: configs.Config, registry: Registry, tokenizer: Tokenizer | N
 
     tokenizer: one that is there already, in place of the configured one.
     """
-    cache = make_folder(config.data.cache_dir, "data.cache_dir")
+    cache = open_cache(config.data.cache_dir)
     source = Source(config.data.corpus, "data.corpus", config, registry)
     val_source = None
     if config.data.val_corpus is not None:
@@ -68,13 +68,20 @@ def prepare(config: configs.Config, registry: Registry, tokenizer: Tokenizer | N
     return open_corpus(folder)
 
 
-def make_folder(path: str | Path, key: str) -> Path:
-    """The folder, made if need be. Raises UserError that names the key which gave the path."""
+def open_cache(path: str | Path) -> Path:
+    """The folder data.cache_dir, made if need be. It may be read-only as long as all is in it."""
+    return Path(path) if os.path.isdir(path) else make_folder(Path(path))
+
+
+def make_folder(path: Path) -> Path:
+    """The cache, or a folder in it, made if need be. Raises UserError where nothing can be written there."""
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{key}: the folder {path} can't be made ({error.strerror}).") from None
-    return Path(path)
+        raise UserError(f"data.cache_dir: the folder {path} can't be made ({error.strerror}).") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"data.cache_dir: the folder {path} can't be written to.")
+    return path
 
 
 def digest(*keys: Any) -> str:
@@ -144,9 +151,10 @@ def hash_file(file: Path, cache: Path) -> str:
             while piece := stream.read(2**24):
                 digest.update(piece)
         known[key] = digest.hexdigest()
-        with tempfile.NamedTemporaryFile("w", dir=cache, delete=False, encoding="utf-8") as temporary:
-            json.dump(known, temporary)
-        os.replace(temporary.name, memory)
+        if os.access(cache, os.W_OK):
+            with tempfile.NamedTemporaryFile("w", dir=cache, delete=False, encoding="utf-8") as temporary:
+                json.dump(known, temporary)
+            os.replace(temporary.name, memory)
     return known[key]
 
 
@@ -324,13 +332,13 @@ def make_tokenizer(
     vocab_size = config.vocab_size if config.name == "bpe" else 0
     file = cache / "tokenizers" / f"{digest(config.name, vocab_size, fingerprints, tokenizers.BPE_PATTERN)}.json"
     if not file.exists():
+        make_folder(file.parent)
         if progress:
             print(f"making the {config.name} tokenizer ...", file=sys.stderr)
         if config.name == "chars":
             made = tokenizers.characters_tokenizer(every_text)
         else:
             made = tokenizers.bpe_tokenizer(training_texts, vocab_size)
-        file.parent.mkdir(exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         made.save(temporary)
         os.replace(temporary, file)
@@ -350,8 +358,7 @@ def _first_texts(source: Source) -> Iterator[str]:
 
 def _write(folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, progress: bool, name: str) -> None:
     """Tokenise the documents into a folder, which appears under its name when it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=make_folder(folder.parent)))
     try:
         writers = {part: _Writer(temporary, part, tokenizer) for part in ("train", "val")}
         show = progress and sys.stderr.isatty()

@@ -288,6 +288,48 @@ def test_a_cache_that_cannot_be_made(tmp_path):
         corpora.prepare(config, registry, progress=False)
 
 
+def forbid(*folders: Path):
+    """In place of os.access and Path.mkdir: these folders are read-only, as no folder is to root."""
+    def access(path, mode):
+        return not (mode & os.W_OK and Path(path) in folders)
+
+    def mkdir(path, *_, original=Path.mkdir, **options):
+        if path.parent in folders and not path.exists():
+            raise PermissionError(13, "Permission denied", str(path))
+        original(path, *_, **options)
+
+    return access, mkdir
+
+
+@pytest.mark.parametrize(
+    "name, there, problem",
+    [
+        ("bytes", "", "cache/corpora can't be made .Permission denied."),
+        ("bytes", "corpora", "cache/corpora can't be written to"),
+        ("chars", "", "cache/tokenizers can't be made .Permission denied."),
+        ("chars", "tokenizers", "cache/tokenizers can't be written to"),
+    ],
+)
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, name, there, problem):
+    write_jsonl(tmp_path / "a.jsonl")
+    cache = tmp_path / "cache"
+    (cache / there).mkdir(parents=True)
+    access, mkdir = forbid(cache, cache / there)
+    monkeypatch.setattr(os, "access", access)
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(UserError, match=f"data.cache_dir: the folder .*{problem}"):
+        prepare(tmp_path, f"{tmp_path}/a.jsonl", tokenizer={"name": name})
+
+
+def test_a_read_only_cache_serves_what_is_in_it(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl")
+    written = prepare(tmp_path, f"{tmp_path}/a.jsonl")
+    (tmp_path / "cache" / "hashes.json").unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    assert prepare(tmp_path, f"{tmp_path}/a.jsonl").fingerprint == written.fingerprint
+    assert not (tmp_path / "cache" / "hashes.json").exists()
+
+
 def test_a_misspelt_dataset_gets_the_nearest_name(tmp_path):
     with pytest.raises(UserError, match="did you mean stdlib"):
         prepare(tmp_path, "stdlb")

@@ -306,6 +306,13 @@ def test_a_folder_that_cannot_be_made(tiny, tmp_path):
         run(tiny, "a", tmp_path=tmp_path)
 
 
+def test_a_run_that_cannot_be_written(tiny, tmp_path):
+    folder = run(tiny, "a", tmp_path=tmp_path)
+    (folder / "config.toml.tmp").mkdir()
+    with pytest.raises(UserError, match="runs/a/config.toml: can't be written .Is a directory."):
+        train.main(["--resume", str(folder), "--train.steps=13"])
+
+
 def test_two_config_files_are_one_too_many():
     with pytest.raises(UserError, match="b.toml: one config file is enough, and a.toml is the first."):
         train.main(["a.toml", "b.toml"])
