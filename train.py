@@ -322,6 +322,7 @@ def git_commit() -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character of a sample shows a question mark
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -61,6 +61,16 @@ def test_the_prompt_from_stdin(trained):
     assert missing.stderr == f"sample.py: {trained.parent / 'nope'}: no such run; there are {trained}.\n"
 
 
+def test_an_output_that_cannot_hold_a_character(trained):
+    def ask(*arguments):
+        command = [sys.executable, "sample.py", str(trained), "--tokens", "1", "--prompt", "café", *arguments]
+        env = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True, text=True).stdout
+
+    assert ask().startswith("caf?")
+    assert json.loads(ask("--json"))["prompt"] == "café"
+
+
 @pytest.mark.parametrize("arguments", [["--top-p", "1.5"], ["--tokens", "0"], ["--temperature", "-1"], ["--top-k", "x"]])
 def test_impossible_options_name_themselves(trained, arguments, capsys):
     with pytest.raises(SystemExit) as exit:
