@@ -119,7 +119,10 @@ class Source:
                 for text in read_file(file, self.text_key):
                     yield text, None
             return
-        for document in self.dataset.documents():
+        documents = self.dataset.documents()
+        if not isinstance(documents, Iterable):
+            raise UserError(f"{self.key}: the dataset {self.name} gave {documents!r}; it must give documents one by one.")
+        for document in documents:
             match document:
                 case str():
                     yield check_characters(document, f"{self.key}: the dataset {self.name}"), None

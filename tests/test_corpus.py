@@ -265,19 +265,30 @@ def test_a_mistake_in_the_corpus_is_one_sentence(tmp_path, corpus, message):
     assert not (tmp_path / "cache" / "corpora").exists() or folders(tmp_path) == []
 
 
-@pytest.mark.parametrize("document", [5, ("text", "test"), ("text", "val", 3), None, "\ud800", ("\ud800", "val")])
-def test_a_dataset_gives_texts_or_a_text_and_its_part(tmp_path, document):
+@pytest.mark.parametrize(
+    "documents, message",
+    [
+        (["text", 5], "gave 5; a document is a text, or"),
+        (["text", ("text", "test")], "gave .'text', 'test'.; a document is"),
+        (["text", ("text", "val", 3)], "gave .'text', 'val', 3.; a document is"),
+        (["text", None], "gave None; a document is"),
+        (["text", "\ud800"], "odd: the text has half of a surrogate pair"),
+        (["text", ("\ud800", "val")], "odd: the text has half of a surrogate pair"),
+        (None, "gave None; it must give documents one by one"),
+    ],
+)
+def test_a_dataset_gives_texts_or_a_text_and_its_part(tmp_path, documents, message):
     (tmp_path / "odd.py").write_text(
         "from dataclasses import dataclass\nfrom nanopre import hookimpl\n"
         '@dataclass\nclass Odd:\n    """Odd."""\n'
-        f"    def documents(self):\n        yield 'a text'\n        yield {document!r}\n"
+        f"    def documents(self):\n        return {documents!r}\n"
         "    def fingerprint(self):\n        return '1'\n"
         "@hookimpl\ndef nanopre_datasets(register):\n    register('odd', Odd)\n"
     )
     config, registry = configs.from_dict(
         {"plugins": [str(tmp_path / "odd.py")], "data": {"corpus": "odd", "cache_dir": str(tmp_path / "cache")},
          "tokenizer": {"name": "bytes"}}, "test")  # fmt: skip
-    with pytest.raises(UserError, match="data.corpus: the dataset odd( gave .*; a document is|: the text has half of)"):
+    with pytest.raises(UserError, match=f"data.corpus: the dataset .*{message}"):
         corpora.prepare(config, registry, progress=False)
 
 
