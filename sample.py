@@ -54,7 +54,8 @@ def main(argv: list[str]) -> None:
         }
         result = ask(run, prompt, options)
         if a.json:
-            print(json.dumps({"prompt": prompt, **result, "text": "".join(result["text"])}, ensure_ascii=False))
+            escaped = not sys.stdout.encoding.lower().startswith("utf")  # where the output can't hold every character
+            print(json.dumps({"prompt": prompt, **result, "text": "".join(result["text"])}, ensure_ascii=escaped))
             continue
         if a.num_samples > 1:
             print(f"--- sample {i + 1} ---")

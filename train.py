@@ -94,7 +94,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         except UserError as error:
             raise UserError(f"train.prompt: {error}") from None
         model = distributed.build_model(config, tokenizer).to(here.device)
-        optimizers = config.optimizer.build(model)
+        optimizers = optim.build(config.optimizer, model)
         peak_rates = optim.peak_rates(optimizers)
 
         # The run's folder, and where the run stands.
@@ -322,6 +322,7 @@ def git_commit() -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character of a sample shows a question mark
     try:
         main(sys.argv[1:])
     except UserError as error:

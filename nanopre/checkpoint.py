@@ -4,8 +4,8 @@
     runs/<name>/checkpoints/step_00000500/    DCP's files and info.json (step, config, versions, a checksum of each file)
     runs/<name>/checkpoints/latest, best      text files that name one of the folders
 
-A checkpoint is written under a temporary name and renamed when it is whole; `latest` moves last, and only then are older
-ones removed. So at every moment there is a whole checkpoint, whatever stops the process.
+A checkpoint is written under a temporary name and renamed when it is whole and on the disk; `latest` moves last, and only
+then are older ones removed. So at every moment there is a whole checkpoint, whatever stops the process or the machine.
 """
 
 from __future__ import annotations
@@ -48,14 +48,17 @@ def create_run(run_dir: Path, config: configs.Config, tokenizer: Tokenizer) -> N
 
 def write_config(run_dir: Path, config: configs.Config) -> None:
     """Save the resolved config with the run: when it begins, and when it goes on with other values."""
-    (run_dir / "config.toml.tmp").write_text(configs.to_toml(config), encoding="utf-8")
-    os.replace(run_dir / "config.toml.tmp", run_dir / "config.toml")
+    try:
+        (run_dir / "config.toml.tmp").write_text(configs.to_toml(config), encoding="utf-8")
+        os.replace(run_dir / "config.toml.tmp", run_dir / "config.toml")
+    except OSError as error:
+        raise UserError(f"{run_dir / 'config.toml'}: can't be written ({error.strerror}).") from None
 
 
 def free_name(out_dir: Path, name: str) -> str:
     """The first of name, name-2, name-3, ... that no run has taken."""
     number, free = 1, name
-    while (out_dir / free).exists():
+    while os.path.exists(out_dir / free):
         number += 1
         free = f"{name}-{number}"
     return free
@@ -98,22 +101,24 @@ def save(run_dir: Path, step: int, model: nn.Module, optimizers: Sequence, info:
     folder = Path(run_dir) / "checkpoints"
     final, temporary = folder / f"step_{step:08d}", folder / f"step_{step:08d}.tmp"
     first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _barrier()
-    weights, states = get_state_dict(model, list(optimizers), options=OPTIONS)
     try:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        _barrier()
+        weights, states = get_state_dict(model, list(optimizers), options=OPTIONS)
         dcp.save({"model": weights, "optimizer": states}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
-    except dist.checkpoint.api.CheckpointException as error:
+        _barrier()
+        if first:
+            text = json.dumps({"step": step, **info, "files": checksums(temporary)}, indent=1)
+            (temporary / "info.json").write_text(text, encoding="utf-8")
+            _sync(temporary / "info.json", temporary)  # DCP has done so with its own files
+            shutil.rmtree(final, ignore_errors=True)  # of an earlier run from the same checkpoint
+            temporary.rename(final)
+            _sync(folder)
+            point(run_dir, "latest", final)
+    except (OSError, dist.checkpoint.api.CheckpointException) as error:
         raise UserError(f"{temporary}: can't be written ({_reason(error)}).") from error
-    _barrier()
-    if first:
-        text = json.dumps({"step": step, **info, "files": checksums(temporary)}, indent=1)
-        (temporary / "info.json").write_text(text, encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)  # of an earlier run from the same checkpoint
-        temporary.rename(final)
-        point(run_dir, "latest", final)
     _barrier()
     return final
 
@@ -122,7 +127,9 @@ def point(run_dir: Path, name: str, checkpoint: Path) -> None:
     """Let `latest` or `best` name this checkpoint, in one atomic move."""
     folder = Path(run_dir) / "checkpoints"
     (folder / f"{name}.tmp").write_text(checkpoint.name + "\n", encoding="utf-8")
+    _sync(folder / f"{name}.tmp")
     os.replace(folder / f"{name}.tmp", folder / name)
+    _sync(folder)
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
@@ -131,6 +138,16 @@ def prune(run_dir: Path, keep_last: int) -> None:
     for checkpoint in find(run_dir)[:-keep_last]:
         if checkpoint not in keep:
             shutil.rmtree(checkpoint)
+
+
+def _sync(*paths: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk, so that no power cut undoes what comes before."""
+    for path in paths if os.name == "posix" else ():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:
@@ -156,7 +173,7 @@ def pointed(run_dir: Path, name: str) -> Path | None:
     """The checkpoint that `latest` or `best` names, if there is one."""
     pointer = Path(run_dir) / "checkpoints" / name
     named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
-    return pointer.parent / named if named and (pointer.parent / named).is_dir() else None
+    return next((folder for folder in pointer.parent.glob("step_????????") if folder.name == named), None)
 
 
 def locate(path: str | Path) -> tuple[Path, Path]:
@@ -185,12 +202,33 @@ def _runs_beside(run_dir: Path) -> str:
     return f"there are {', '.join(beside[:8])}." if beside else f"there is no run in {run_dir.parent}/."
 
 
-def read_info(checkpoint: Path) -> dict:
+NEEDED = {"step": int, "files": dict}  # of info.json, with the type of each key
+NEEDED_TO_GO_ON = {
+    "best_val_loss": (float, int, type(None)),
+    "progress": {"tokens": int, "seconds": (float, int), "skipped": int},
+    "corpus": str,
+}
+
+
+def read_info(checkpoint: Path, needed: dict = NEEDED) -> dict:
     """What is saved beside the weights: step, config, versions, checksums. Raises UserError."""
+    file = checkpoint / "info.json"
     try:
-        return json.loads((checkpoint / "info.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _refusal(checkpoint, f"{checkpoint / 'info.json'}: missing or damaged ({error})") from None
+        info = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _refusal(checkpoint, f"{file}: missing or damaged ({error})") from None
+    if key := _wrong_key(info, needed, "its table"):
+        raise _refusal(checkpoint, f"{file}: damaged ({key} is missing or not what was saved)")
+    return info
+
+
+def _wrong_key(value: object, kind: type | tuple | dict, key: str) -> str | None:
+    """The first key whose value is not of its kind: a type, several, or a table of kinds."""
+    if not isinstance(kind, dict):
+        return None if isinstance(value, kind) else key
+    if not isinstance(value, dict):
+        return key
+    return next(filter(None, (_wrong_key(value.get(name), inner, name) for name, inner in kind.items())), None)
 
 
 def verify(checkpoint: Path) -> dict:
@@ -201,7 +239,7 @@ def verify(checkpoint: Path) -> dict:
     info = read_info(checkpoint)
     try:
         problem = damage(checkpoint, info["files"])
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         problem = f"{checkpoint / 'info.json'}: damaged ({error})"
     if problem:
         raise _refusal(checkpoint, problem)
@@ -238,11 +276,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(checkpoint: Path, model: nn.Module, optimizers: Sequence = ()) -> dict:
-    """Fill the model, and the optimizers, from a checkpoint of any layout. Returns its info; raises UserError as verify.
-
-    Called on every rank; each reads what it needs.
+    """Fill the model, and the optimizers to go on with, from a checkpoint of any layout. Returns its info; raises UserError
+    as verify. Called on every rank; each reads what it needs.
     """
     info = verify(checkpoint)
+    if optimizers:
+        read_info(checkpoint, NEEDED_TO_GO_ON)
     weights, states = get_state_dict(model, list(optimizers), options=OPTIONS)
     wanted = {"model": weights, "optimizer": states} if optimizers else {"model": weights}
     try:

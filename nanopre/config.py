@@ -19,7 +19,7 @@ import tomli
 import tomli_w
 
 from nanopre import UserError
-from nanopre.plugins import Registry, load_plugins, nearest
+from nanopre.plugins import Registry, describe, load_plugins, nearest
 
 
 def at_least(section: object, **bounds: float) -> None:
@@ -327,11 +327,15 @@ class _Builder:
     def _instance(self, cls: type, values: dict[str, Any], key: str) -> Any:
         try:
             return cls(**values)
-        except (ValueError, TypeError, ZeroDivisionError) as error:
+        except UserError:
+            raise
+        except Exception as error:
+            said = isinstance(error, ValueError) and str(error)  # anything else is a mistake in a plugin
+            problem = said or f"{cls.__name__} failed ({describe(error)})"
             # The file and all flags that had a part in it: which of the values is wrong, the user knows.
             fields = [_join(key, f.name) for f in dataclasses.fields(cls)]
             flags = [f"--{flag}" for flag in self.flags if flag in (key, *fields)]
-            raise UserError(_sentence(", ".join([self.where, *flags]), key, f"{error}.")) from None
+            raise UserError(_sentence(", ".join([self.where, *flags]), key, f"{problem}.")) from error
 
     def _table(self, value: Any, key: str) -> dict[str, Any]:
         if not isinstance(value, dict):

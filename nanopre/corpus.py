@@ -51,7 +51,7 @@ def prepare(config: configs.Config, registry: Registry, tokenizer: Tokenizer | N
 
     tokenizer: one that is there already, in place of the configured one.
     """
-    cache = make_folder(config.data.cache_dir, "data.cache_dir")
+    cache = open_cache(config.data.cache_dir)
     source = Source(config.data.corpus, "data.corpus", config, registry)
     val_source = None
     if config.data.val_corpus is not None:
@@ -68,13 +68,20 @@ def prepare(config: configs.Config, registry: Registry, tokenizer: Tokenizer | N
     return open_corpus(folder)
 
 
-def make_folder(path: str | Path, key: str) -> Path:
-    """The folder, made if need be. Raises UserError that names the key which gave the path."""
+def open_cache(path: str | Path) -> Path:
+    """The folder data.cache_dir, made if need be. It may be read-only as long as all is in it."""
+    return Path(path) if os.path.isdir(path) else make_folder(Path(path))
+
+
+def make_folder(path: Path) -> Path:
+    """The cache, or a folder in it, made if need be. Raises UserError where nothing can be written there."""
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{key}: the folder {path} can't be made ({error.strerror}).") from None
-    return Path(path)
+        raise UserError(f"data.cache_dir: the folder {path} can't be made ({error.strerror}).") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"data.cache_dir: the folder {path} can't be written to.")
+    return path
 
 
 def digest(*keys: Any) -> str:
@@ -112,12 +119,15 @@ class Source:
                 for text in read_file(file, self.text_key):
                     yield text, None
             return
-        for document in self.dataset.documents():
+        documents = self.dataset.documents()
+        if not isinstance(documents, Iterable):
+            raise UserError(f"{self.key}: the dataset {self.name} gave {documents!r}; it must give documents one by one.")
+        for document in documents:
             match document:
                 case str():
-                    yield document, None
+                    yield check_characters(document, f"{self.key}: the dataset {self.name}"), None
                 case (str(), None | "train" | "val"):
-                    yield document
+                    yield check_characters(document[0], f"{self.key}: the dataset {self.name}"), document[1]
                 case _:
                     right = 'a document is a text, or (text, "train" or "val")'
                     raise UserError(f"{self.key}: the dataset {self.name} gave {repr(document)[:80]}; {right}.")
@@ -144,9 +154,10 @@ def hash_file(file: Path, cache: Path) -> str:
             while piece := stream.read(2**24):
                 digest.update(piece)
         known[key] = digest.hexdigest()
-        with tempfile.NamedTemporaryFile("w", dir=cache, delete=False, encoding="utf-8") as temporary:
-            json.dump(known, temporary)
-        os.replace(temporary.name, memory)
+        if os.access(cache, os.W_OK):
+            with tempfile.NamedTemporaryFile("w", dir=cache, delete=False, encoding="utf-8") as temporary:
+                json.dump(known, temporary)
+            os.replace(temporary.name, memory)
     return known[key]
 
 
@@ -157,7 +168,7 @@ def read_file(file: str, text_key: str) -> Iterator[str]:
         yield from _read_parquet(file, text_key)
         return
     with unpacked(file) as stream:
-        yield from _read_jsonl(file, stream, text_key) if name.endswith((".jsonl", ".ndjson")) else _read_text(stream)
+        yield from _read_jsonl(file, stream, text_key) if name.endswith((".jsonl", ".ndjson")) else _read_text(file, stream)
 
 
 @contextmanager
@@ -167,18 +178,23 @@ def unpacked(file: str) -> Iterator[BinaryIO]:
     try:
         with unpack(file, "rb") as stream:
             yield stream
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 ({error.reason}, at byte {error.start:,} of a piece of the text).") from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{file}: the compressed file is damaged ({error}).") from None
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror}).") from None
 
 
-def _read_text(stream) -> Iterator[str]:
+def _read_text(file: str, stream: BinaryIO) -> Iterator[str]:
     """A file of less than twice DOCUMENT_BYTES is a document. A longer one is cut at blank lines, else at line ends, else
     at characters, so that a text of any length streams and can be split by document."""
-    rest = b""
+    rest, begin = b"", 0  # what is not a document yet, and where in the text that begins
+
+    def decoded(text: bytes) -> str:
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 ({error.reason}, at byte {begin + error.start:,}).") from None
+
     while piece := stream.read(DOCUMENT_BYTES):
         rest += piece
         if len(rest) >= 2 * DOCUMENT_BYTES:
@@ -188,10 +204,10 @@ def _read_text(stream) -> Iterator[str]:
                 cut = DOCUMENT_BYTES
                 while rest[cut] & 0xC0 == 0x80 and cut > DOCUMENT_BYTES - 4:  # within a character
                     cut -= 1
-            yield rest[:cut].decode("utf-8")
-            rest = rest[cut:]
+            yield decoded(rest[:cut])
+            rest, begin = rest[cut:], begin + cut
     if rest:
-        yield rest.decode("utf-8")
+        yield decoded(rest)
 
 
 def read_json_lines(file: str, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
@@ -213,10 +229,16 @@ def _read_jsonl(file: str, stream, text_key: str) -> Iterator[str]:
             keys = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
             hint = nearest(text_key, keys).replace("choose from", "there are") if keys else "it has no key with a text."
             raise UserError(f'{file}:{number}: has no text at the key data.text_key = "{text_key}"; {hint}')
-        text = record[text_key]
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise UserError(f"{file}:{number}: the text has half of a surrogate pair, which is no character.")
-        yield text
+        yield check_characters(record[text_key], f"{file}:{number}")
+
+
+def check_characters(text: str, where: str) -> str:
+    """The text. Raises UserError where it has what UTF-8 can't write, as "\\ud800" in JSON gives it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: the text has half of a surrogate pair, which is no character.") from None
+    return text
 
 
 def _read_parquet(file: str, text_key: str) -> Iterator[str]:
@@ -313,13 +335,13 @@ def make_tokenizer(
     vocab_size = config.vocab_size if config.name == "bpe" else 0
     file = cache / "tokenizers" / f"{digest(config.name, vocab_size, fingerprints, tokenizers.BPE_PATTERN)}.json"
     if not file.exists():
+        make_folder(file.parent)
         if progress:
             print(f"making the {config.name} tokenizer ...", file=sys.stderr)
         if config.name == "chars":
             made = tokenizers.characters_tokenizer(every_text)
         else:
             made = tokenizers.bpe_tokenizer(training_texts, vocab_size)
-        file.parent.mkdir(exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         made.save(temporary)
         os.replace(temporary, file)
@@ -339,8 +361,7 @@ def _first_texts(source: Source) -> Iterator[str]:
 
 def _write(folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, progress: bool, name: str) -> None:
     """Tokenise the documents into a folder, which appears under its name when it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=make_folder(folder.parent)))
     try:
         writers = {part: _Writer(temporary, part, tokenizer) for part in ("train", "val")}
         show = progress and sys.stderr.isatty()

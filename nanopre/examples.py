@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanopre import UserError, config as configs
-from nanopre.corpus import Source, digest, make_folder, make_tokenizer, read_json_lines, unpacked
+from nanopre.corpus import Source, check_characters, digest, make_tokenizer, open_cache, read_json_lines, unpacked
 from nanopre.data import Corpus, hash64, permute
 from nanopre.plugins import Registry, nearest
 from nanopre.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def prepare(config: configs.Config, registry: Registry, tokenizer: Tokenizer | N
     content: so that a record which occurs twice is on one side only. The objective then looks at both with its `prepare`,
     where it has one. tokenizer: one that is there already, in place of the configured one. Raises UserError.
     """
-    objective, cache = config.objective, make_folder(config.data.cache_dir, "data.cache_dir")
+    objective, cache = config.objective, open_cache(config.data.cache_dir)
     columns = objective.columns()
     train = read(Source(config.data.corpus, "data.corpus", config, registry), columns)
     if config.data.val_corpus is not None:
@@ -173,4 +173,5 @@ def pick(row: object, columns: list[str], file: str, number: int) -> Record:
             raise UserError(f'{file}:{number}: has no column "{column}", which the objective reads; {hint}')
         if not isinstance(row[column], (str, int, float)):
             raise UserError(f'{file}:{number}: the column "{column}" is {json.dumps(row[column])[:40]}, not a text.')
+        check_characters(str(row[column]), f"{file}:{number}")
     return tuple(text if isinstance(text := row[column], str) else json.dumps(text) for column in columns)

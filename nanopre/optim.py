@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +57,20 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
+def build(plugin: Any, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """The optimizers of the configured plugin. Raises UserError where its build gives anything else."""
+    optimizers = plugin.build(model)
+    is_list = isinstance(optimizers, (list, tuple)) and optimizers
+    if not (is_list and all(isinstance(optimizer, torch.optim.Optimizer) for optimizer in optimizers)):
+        given = " ".join(repr(optimizers).split())[:80]
+        raise UserError(
+            f'optimizer: the build of "{plugin._plugin_name}" gave {given}; it must give a list of torch.optim.Optimizer.'
+        )
+    return list(optimizers)
+
+
 def peak_rates(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[float]]:
     """The learning rates that the config asked for, one a parameter group, to be read before a checkpoint is loaded."""
-    if not optimizers:
-        raise UserError("optimizer: its build gave no torch.optim.Optimizer.")
     return [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
 

@@ -557,3 +557,17 @@ def test_a_mistake_ends_the_script_with_one_line():
     result = train("configs/default.toml", "--train.stpes=7")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "train.py: --train.stpes: unknown key; did you mean --train.steps?\n"
+
+
+@pytest.mark.parametrize("error", ["TypeError('no')", "KeyError('no')", "ValueError()"])
+def test_a_plugin_that_fails_on_its_values_is_named(tmp_path, error):
+    (tmp_path / "odd.py").write_text(
+        "from dataclasses import dataclass\nfrom nanopre import hookimpl\n"
+        '@dataclass\nclass Odd:\n    """Odd."""\n'
+        f"    def __post_init__(self):\n        raise {error}\n"
+        "    def build(self, model):\n        return []\n"
+        "@hookimpl\ndef nanopre_optimizers(register):\n    register('odd', Odd)\n"
+    )
+    table = {"plugins": [str(tmp_path / "odd.py")], "optimizer": {"name": "odd"}}
+    with pytest.raises(UserError, match=f"^test.toml: optimizer: Odd failed .{error.partition('(')[0]}: .*[.]$"):
+        configs.from_dict(table, "test.toml")

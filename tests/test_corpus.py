@@ -103,7 +103,7 @@ def test_a_long_text_is_cut_without_loss(pieces):
     import io
 
     text = "".join(pieces)
-    parts = list(_read_text(io.BytesIO(text.encode())))
+    parts = list(_read_text("a.txt", io.BytesIO(text.encode())))
     assert "".join(parts) == text
     assert all(0 < len(part.encode()) < 2 * corpora.DOCUMENT_BYTES for part in parts)
 
@@ -229,6 +229,7 @@ def bad_files(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "one.txt").write_text("one document")
     (tmp_path / "bytes.txt").write_bytes(b"\x80" * 300_000)
+    (tmp_path / "late.txt.gz").write_bytes(gzip.compress(b"a line\n" * 50_000 + b"\xff" + b"a line\n" * 50_000))
     (tmp_path / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n')
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     pyarrow = pytest.importorskip("pyarrow")
@@ -238,14 +239,15 @@ def bad_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "corpus, message",
     [
-        ("latin.txt", r"latin\.txt: not UTF-8"),
+        ("latin.txt", r"latin\.txt: not UTF-8 \(unexpected end of data, at byte 3\)\."),
         ("broken.jsonl", r"broken\.jsonl:2: not a line of JSON"),
         ("keyless.jsonl", r'keyless\.jsonl:1: has no text at the key data.text_key = "text"; there are body'),
         ("number.jsonl", r"number\.jsonl:1: has no text .* it has no key with a text"),
         ("cut.jsonl.gz", r"cut\.jsonl\.gz: the compressed file is damaged"),
         ("not.jsonl.xz", r"not\.jsonl\.xz: the compressed file is damaged"),
         ("not.parquet", r"not\.parquet: can't be read as \.parquet"),
-        ("bytes.txt", r"bytes\.txt: not UTF-8"),
+        ("bytes.txt", r"bytes\.txt: not UTF-8 \(invalid start byte, at byte 0\)\."),
+        ("late.txt.gz", r"late\.txt\.gz: not UTF-8 \(invalid start byte, at byte 350,000\)\."),
         ("surrogate.jsonl", r"surrogate\.jsonl:1: the text has half of a surrogate pair"),
         ("deep.jsonl", r"deep\.jsonl:1: not a line of JSON"),
         ("number.parquet", r'number\.parquet: the column data.text_key = "text" is int64; it must be a string.'),
@@ -263,19 +265,30 @@ def test_a_mistake_in_the_corpus_is_one_sentence(tmp_path, corpus, message):
     assert not (tmp_path / "cache" / "corpora").exists() or folders(tmp_path) == []
 
 
-@pytest.mark.parametrize("document", [5, ("text", "test"), ("text", "val", 3), None])
-def test_a_dataset_gives_texts_or_a_text_and_its_part(tmp_path, document):
+@pytest.mark.parametrize(
+    "documents, message",
+    [
+        (["text", 5], "gave 5; a document is a text, or"),
+        (["text", ("text", "test")], "gave .'text', 'test'.; a document is"),
+        (["text", ("text", "val", 3)], "gave .'text', 'val', 3.; a document is"),
+        (["text", None], "gave None; a document is"),
+        (["text", "\ud800"], "odd: the text has half of a surrogate pair"),
+        (["text", ("\ud800", "val")], "odd: the text has half of a surrogate pair"),
+        (None, "gave None; it must give documents one by one"),
+    ],
+)
+def test_a_dataset_gives_texts_or_a_text_and_its_part(tmp_path, documents, message):
     (tmp_path / "odd.py").write_text(
         "from dataclasses import dataclass\nfrom nanopre import hookimpl\n"
         '@dataclass\nclass Odd:\n    """Odd."""\n'
-        f"    def documents(self):\n        yield 'a text'\n        yield {document!r}\n"
+        f"    def documents(self):\n        return {documents!r}\n"
         "    def fingerprint(self):\n        return '1'\n"
         "@hookimpl\ndef nanopre_datasets(register):\n    register('odd', Odd)\n"
     )
     config, registry = configs.from_dict(
         {"plugins": [str(tmp_path / "odd.py")], "data": {"corpus": "odd", "cache_dir": str(tmp_path / "cache")},
          "tokenizer": {"name": "bytes"}}, "test")  # fmt: skip
-    with pytest.raises(UserError, match="data.corpus: the dataset odd gave .*; a document is a text, or"):
+    with pytest.raises(UserError, match=f"data.corpus: the dataset .*{message}"):
         corpora.prepare(config, registry, progress=False)
 
 
@@ -284,6 +297,48 @@ def test_a_cache_that_cannot_be_made(tmp_path):
     config, registry = configs.from_dict({"data": {"cache_dir": str(tmp_path / "file")}}, "test")
     with pytest.raises(UserError, match="data.cache_dir: the folder .*file can't be made .File exists."):
         corpora.prepare(config, registry, progress=False)
+
+
+def forbid(*folders: Path):
+    """In place of os.access and Path.mkdir: these folders are read-only, as no folder is to root."""
+    def access(path, mode):
+        return not (mode & os.W_OK and Path(path) in folders)
+
+    def mkdir(path, *_, original=Path.mkdir, **options):
+        if path.parent in folders and not path.exists():
+            raise PermissionError(13, "Permission denied", str(path))
+        original(path, *_, **options)
+
+    return access, mkdir
+
+
+@pytest.mark.parametrize(
+    "name, there, problem",
+    [
+        ("bytes", "", "cache/corpora can't be made .Permission denied."),
+        ("bytes", "corpora", "cache/corpora can't be written to"),
+        ("chars", "", "cache/tokenizers can't be made .Permission denied."),
+        ("chars", "tokenizers", "cache/tokenizers can't be written to"),
+    ],
+)
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, name, there, problem):
+    write_jsonl(tmp_path / "a.jsonl")
+    cache = tmp_path / "cache"
+    (cache / there).mkdir(parents=True)
+    access, mkdir = forbid(cache, cache / there)
+    monkeypatch.setattr(os, "access", access)
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(UserError, match=f"data.cache_dir: the folder .*{problem}"):
+        prepare(tmp_path, f"{tmp_path}/a.jsonl", tokenizer={"name": name})
+
+
+def test_a_read_only_cache_serves_what_is_in_it(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl")
+    written = prepare(tmp_path, f"{tmp_path}/a.jsonl")
+    (tmp_path / "cache" / "hashes.json").unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    assert prepare(tmp_path, f"{tmp_path}/a.jsonl").fingerprint == written.fingerprint
+    assert not (tmp_path / "cache" / "hashes.json").exists()
 
 
 def test_a_misspelt_dataset_gets_the_nearest_name(tmp_path):

@@ -81,6 +81,7 @@ def test_numbers_and_truth_values_are_texts_as_json_writes_them():
         ("a.jsonl", '{"text": "x"}', 'a.jsonl:1: has no column "label", which the objective reads; there are text.'),
         ("a.jsonl", '{"text": "x", "label": null}', 'a.jsonl:1: the column "label" is null, not a text.'),
         ("a.jsonl", '\n{"text": ["x"], "label": "y"}', 'a.jsonl:2: the column "text" is ["x"], not a text.'),
+        ("a.jsonl", '{"text": "\\ud800", "label": "y"}', "a.jsonl:1: the text has half of a surrogate pair"),
         ("a.jsonl", '["x", "y"]', "a.jsonl:1: is not a record with named columns."),
         ("a.jsonl", '{"text": "x", "label": "y"}\n{"text', "a.jsonl:2: not a line of JSON ("),
         ("a.tsv", "text\tlabels\nx\ty\n", 'a.tsv:2: has no column "label", which the objective reads; did you mean labels?'),

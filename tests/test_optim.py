@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from nanopre import optim
+from nanopre import UserError, optim
 from nanopre.config import Schedule
 from nanopre.distributed import initialise
 from nanopre.model import ModelConfig, Transformer
@@ -40,6 +40,24 @@ def model():
     model = Transformer(CONFIG)
     initialise(model, 0)
     return model
+
+
+class Odd:
+    _plugin_name = "odd"
+
+    def __init__(self, made: object):
+        self.made = made
+
+    def build(self, model):
+        return self.made
+
+
+@pytest.mark.parametrize("made", [[], None, [5], torch.optim.SGD([torch.zeros(1)], 0.1)])
+def test_a_plugin_that_builds_no_optimizers_is_named(made):
+    message = 'optimizer: the build of "odd" gave .*; it must give a list of torch.optim.Optimizer'
+    with pytest.raises(UserError, match=message) as error:
+        optim.build(Odd(made), None)
+    assert "\n" not in str(error.value)
 
 
 def test_cosine_is_nanogpts_schedule():

@@ -61,6 +61,16 @@ def test_the_prompt_from_stdin(trained):
     assert missing.stderr == f"sample.py: {trained.parent / 'nope'}: no such run; there are {trained}.\n"
 
 
+def test_an_output_that_cannot_hold_a_character(trained):
+    def ask(*arguments):
+        command = [sys.executable, "sample.py", str(trained), "--tokens", "1", "--prompt", "café", *arguments]
+        env = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True, text=True).stdout
+
+    assert ask().startswith("caf?")
+    assert json.loads(ask("--json"))["prompt"] == "café"
+
+
 @pytest.mark.parametrize("arguments", [["--top-p", "1.5"], ["--tokens", "0"], ["--temperature", "-1"], ["--top-k", "x"]])
 def test_impossible_options_name_themselves(trained, arguments, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -75,7 +85,7 @@ def test_a_run_without_a_checkpoint(trained):
         sample.main([str(trained)])
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\n", b"\xff\xfe", b"step_00000099\n"])
+@pytest.mark.parametrize("content", [None, b"", b"\n", b"\xff\xfe", b"step_00000099\n", b"..", b"\0", b"s" * 999])
 def test_a_damaged_pointer_hides_no_checkpoint(trained, content):
     pointer = trained / "checkpoints" / "latest"
     pointer.unlink()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -209,6 +211,64 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(tiny, tmp_p
     checkpoint.open_run(folder / "checkpoints" / "step_00000006")
 
 
+CHANGES = [
+    ("step", lambda info: info.pop("step")),
+    ("step", lambda info: info.update(step="12")),
+    ("files", lambda info: info.update(files=[])),
+    ("subscript", lambda info: info["files"].update({".metadata": 5})),
+    ("specify", lambda info: info["files"].update({".metadata": {"bytes": "x"}})),
+    ("corpus", lambda info: info.pop("corpus")),
+    ("best_val_loss", lambda info: info.update(best_val_loss="low")),
+    ("progress", lambda info: info.pop("progress")),
+    ("skipped", lambda info: info["progress"].pop("skipped")),
+    ("tokens", lambda info: info["progress"].update(tokens=None)),
+]
+
+
+def test_what_a_run_goes_on_with_is_checked(tiny, tmp_path):
+    folder = run(tiny, "a", tmp_path=tmp_path)
+    file = folder / "checkpoints" / "step_00000012" / "info.json"
+    whole = file.read_text()
+    changed = []
+    for key, change in CHANGES:
+        info = json.loads(whole)
+        change(info)
+        changed.append((key, json.dumps(info)))
+    for key, content in [*changed, ("table", "[]"), ("table", "null"), ("recursion", "[" * 100_000), ("Expecting", "")]:
+        file.write_text(content)
+        with pytest.raises(UserError, match=f"step_00000012.info.json: .*damaged .*{key}.*; the checkpoint before it") as error:
+            train.main(["--resume", str(folder), "--train.steps=13"])
+        assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_is_on_the_disk_before_latest_names_it(tiny, tmp_path, monkeypatch):
+    folder = run(tiny, "a", tmp_path=tmp_path)
+    opened, done = checkpoint.open_run(folder), []
+
+    def note(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def noted(*paths):
+            done.append((name, *(path.name for path in paths)))
+            return original(*paths)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(checkpoint, "_sync")
+    note(Path, "rename")
+    note(os, "replace")
+    checkpoint.save(folder, 13, opened.model, [], {})
+    new = "step_00000013"
+    assert done[-6:] == [
+        ("_sync", "info.json", f"{new}.tmp"),
+        ("rename", f"{new}.tmp", new),
+        ("_sync", "checkpoints"),
+        ("_sync", "latest.tmp"),
+        ("replace", "latest.tmp", "latest"),
+        ("_sync", "checkpoints"),
+    ]
+
+
 def test_what_a_resumed_run_changes_stays_changed(tiny, tmp_path):
     folder = run(tiny, "a", tmp_path=tmp_path)
     train.main(["--resume", str(folder), "--train.steps=18", "--optimizer.lr=1e-3"])
@@ -246,6 +306,13 @@ def test_a_folder_that_cannot_be_made(tiny, tmp_path):
         run(tiny, "a", tmp_path=tmp_path)
 
 
+def test_a_run_that_cannot_be_written(tiny, tmp_path):
+    folder = run(tiny, "a", tmp_path=tmp_path)
+    (folder / "config.toml.tmp").mkdir()
+    with pytest.raises(UserError, match="runs/a/config.toml: can't be written .Is a directory."):
+        train.main(["--resume", str(folder), "--train.steps=13"])
+
+
 def test_two_config_files_are_one_too_many():
     with pytest.raises(UserError, match="b.toml: one config file is enough, and a.toml is the first."):
         train.main(["a.toml", "b.toml"])
@@ -258,8 +325,6 @@ def test_a_plugin_that_exits_ends_no_run_without_a_word(tiny, tmp_path):
 
 
 def test_a_checkpoint_with_foreign_pickles_runs_nothing(tiny, tmp_path):
-    import json
-    import os
     import pickle
 
     folder = run(tiny, "a", tmp_path=tmp_path)
