@@ -75,9 +75,10 @@ def test_windows_cover_each_context_and_hold_the_answer_where_it_is_whole(record
             if s:
                 held.append(bytes(batch["tokens"][row][s : e + 1].tolist()).decode())
             else:
-                begin = len(context[: int(start)].encode()) if answer else 0
-                assert e == 0 and not (answer and first <= begin and begin + len(answer.encode()) <= first + length)
-        assert covered.all() and all(text == answer for text in held)
+                begin = len((context[: int(start)] + answer[: len(answer) - len(answer.lstrip())]).encode()) if answer else 0
+                end = begin + len(answer.strip().encode())
+                assert e == 0 and not (answer.strip() and first <= begin and end <= first + length)
+        assert covered.all() and all(text == answer.strip() for text in held)
     trained = [objective.batch(split, np.arange(n) + n * e, seq_len, 3)["tokens"] for e in (0, 1)]
     for epoch in trained:  # each window once an epoch
         assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, batch["tokens"].tolist()))
@@ -109,6 +110,20 @@ def test_gold_answers_of_xquad_are_found_again():
     short = SpanQA().windows(split, 96)  # of which one stride of the default would leave no overlap
     answered = set(short.example[short.rows(np.arange(len(short.example)))["starts"] > 0])
     assert len(answered) / len(records) > 0.99
+
+
+@pytest.mark.parametrize("answer, start", [(" cat ", 1), ("cat ", 2), (" cat", 1), ("cat", 2)])
+def test_white_space_around_an_answer_does_not_take_its_neighbour_in(answer, start):
+    """" sat", with its space, is one token."""
+    tokenizer = bpe_tokenizer(["a cat sat"] * 3, 2048)
+    windows = SpanQA().windows(examples([("q", "a cat sat", answer, str(start))], tokenizer), 32)
+    assert windows.ends[0].tolist() == [1, 5, 9]
+    assert (windows.answer_first.item(), windows.answer_last.item()) == (1, 1)
+
+
+def test_white_space_is_no_answer():
+    batch = SpanQA().batch(examples([("q", "a   cat", "  ", "1")]), np.arange(1), 32, None)
+    assert batch["starts"].tolist() == batch["ends"].tolist() == [0]
 
 
 def test_what_cannot_be_is_refused():

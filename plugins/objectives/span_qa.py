@@ -177,16 +177,18 @@ class Windows:
         """First and last token of the answer in the context; (-1, -1): there is none."""
         columns = self.split.columns
         text, answer, start = (columns[name][i] for name in (objective.context, objective.answer, objective.answer_start))
-        if start in ("", "-1") or not answer:
+        if start in ("", "-1") or not answer.strip():
             return -1, -1
         if not start.isdecimal() or text[int(start) : int(start) + len(answer)] != answer:
             raise UserError(
                 f'{objective.answer_start}: the context of "{columns[objective.question][i]}" does not have the answer '
                 f'"{answer}" at character {start}.'
             )
-        begin = len(text[: int(start)].encode())
-        first = np.searchsorted(self.ends[i], begin, side="right")
-        return int(first), int(np.searchsorted(self.ends[i], begin + len(answer.encode()), side="left"))
+        # White space at an answer's edge is left out: a token may hold it together with the word outside.
+        begin = len(text[: int(start)].encode()) + len(answer.encode()) - len(answer.lstrip().encode())
+        end = begin + len(answer.strip().encode())
+        first, last = np.searchsorted(self.ends[i], begin, side="right"), np.searchsorted(self.ends[i], end, side="left")
+        return int(first), int(last)
 
     def rows(self, index: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays of the windows with these numbers, as SpanQA.batch has them."""
