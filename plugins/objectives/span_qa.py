@@ -90,7 +90,9 @@ class SpanQA:
             return {}
         part = Examples({name: texts[:n] for name, texts in split.columns.items()}, split.tokenizer)
         answers = [answer["answer"] for answer in self.answers(model, part, seq_len)]
-        return metrics.score(zip(answers, part.columns[self.answer], strict=True))
+        answered = self.windows(split, seq_len).answer_first[:n] >= 0  # else "" is right, as in training
+        truths = [text if has else "" for text, has in zip(part.columns[self.answer], answered, strict=True)]
+        return metrics.score(zip(answers, truths, strict=True))
 
     @torch.inference_mode()
     def answers(self, model, split: Examples, seq_len: int) -> list[dict]:
@@ -159,7 +161,9 @@ class Windows:
                 f"train.seq_len = {seq_len} leaves no room for a context beside a question of {self.n_question.max()} tokens; "
                 "raise it, or lower objective.max_question."
             )
-        encoded = [split.tokenizer.encode_with_ends(text) for text in split.columns[objective.context]]
+        contexts = split.columns[objective.context]  # each is often there for several questions
+        tokenized = {text: split.tokenizer.encode_with_ends(text) for text in dict.fromkeys(contexts)}
+        encoded = [tokenized[text] for text in contexts]
         self.ends = [ends for _, ends in encoded]  # of each token in the context, in bytes
         sizes = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
         self.contexts = np.concatenate([*(ids for ids, _ in encoded), np.zeros(0)]).astype(np.int64)
