@@ -90,7 +90,9 @@ class SpanQA:
             return {}
         part = Examples({name: texts[:n] for name, texts in split.columns.items()}, split.tokenizer)
         answers = [answer["answer"] for answer in self.answers(model, part, seq_len)]
-        return metrics.score(zip(answers, part.columns[self.answer], strict=True))
+        answered = self.windows(split, seq_len).answer_first[:n] >= 0  # else "" is right, as in training
+        truths = [text if has else "" for text, has in zip(part.columns[self.answer], answered, strict=True)]
+        return metrics.score(zip(answers, truths, strict=True))
 
     @torch.inference_mode()
     def answers(self, model, split: Examples, seq_len: int) -> list[dict]:
@@ -159,7 +161,9 @@ class Windows:
                 f"train.seq_len = {seq_len} leaves no room for a context beside a question of {self.n_question.max()} tokens; "
                 "raise it, or lower objective.max_question."
             )
-        encoded = [split.tokenizer.encode_with_ends(text) for text in split.columns[objective.context]]
+        contexts = split.columns[objective.context]  # each is often there for several questions
+        tokenized = {text: split.tokenizer.encode_with_ends(text) for text in dict.fromkeys(contexts)}
+        encoded = [tokenized[text] for text in contexts]
         self.ends = [ends for _, ends in encoded]  # of each token in the context, in bytes
         sizes = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
         self.contexts = np.concatenate([*(ids for ids, _ in encoded), np.zeros(0)]).astype(np.int64)
@@ -177,16 +181,18 @@ class Windows:
         """First and last token of the answer in the context; (-1, -1): there is none."""
         columns = self.split.columns
         text, answer, start = (columns[name][i] for name in (objective.context, objective.answer, objective.answer_start))
-        if start in ("", "-1") or not answer:
+        if start in ("", "-1") or not answer.strip():
             return -1, -1
         if not start.isdecimal() or text[int(start) : int(start) + len(answer)] != answer:
             raise UserError(
                 f'{objective.answer_start}: the context of "{columns[objective.question][i]}" does not have the answer '
                 f'"{answer}" at character {start}.'
             )
-        begin = len(text[: int(start)].encode())
-        first = np.searchsorted(self.ends[i], begin, side="right")
-        return int(first), int(np.searchsorted(self.ends[i], begin + len(answer.encode()), side="left"))
+        # White space at an answer's edge is left out: a token may hold it together with the word outside.
+        begin = len(text[: int(start)].encode()) + len(answer.encode()) - len(answer.lstrip().encode())
+        end = begin + len(answer.strip().encode())
+        first, last = np.searchsorted(self.ends[i], begin, side="right"), np.searchsorted(self.ends[i], end, side="left")
+        return int(first), int(last)
 
     def rows(self, index: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays of the windows with these numbers, as SpanQA.batch has them."""
