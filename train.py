@@ -23,8 +23,17 @@ import numpy as np
 import torch
 
 from nanopre import (
-    UserError, checkpoint, config as configs, corpus as corpora, cost, data, distributed, machine, optim, parallel,
-)  # fmt: skip
+    UserError,
+    checkpoint,
+    config as configs,
+    corpus as corpora,
+    cost,
+    data,
+    distributed,
+    machine,
+    optim,
+    parallel,
+)
 from nanopre.examples import prepare as prepare_examples
 from nanopre.generate import generate
 from nanopre.hookspecs import Run
@@ -101,9 +110,18 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
             if is_first:
                 print(loaded)
         n_parameters = sum(p.numel() for p in model.parameters())
-        example = {key: torch.from_numpy(a) for key, a in objective.batch(corpus.train, np.arange(1), c.seq_len, 0).items()}
+
+        def load_rows(split, rows: np.ndarray, seed: int | None):
+            """(batch, counts): tensors on the device, and the numbers that the sums of losses are divided by."""
+            arrays = objective.batch(split, rows, c.seq_len, seed)
+            batch = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
+            if here.device.type == "cuda":
+                batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
+            batch = {key: tensor.to(here.device, non_blocking=True) for key, tensor in batch.items()}
+            return batch, objective.counts(arrays, tokenizer)
 
         # The parallel strategies take their parts of the model; `engine` runs batches through them.
+        example, _ = load_rows(corpus.train, np.arange(1), config.seed)
         parts, engine = parallel.apply(layout, model.to(here.device), here, objective.loss, config, example)
         optimizers = [optimizer for part in parts for optimizer in optim.build(config.optimizer, part)]
         peak_rates = optim.peak_rates(optimizers)
@@ -130,15 +148,6 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
 
         share = c.batch_size // layout.data_size  # rows of the global batch on this rank
         peak_flops = cost.peak_flops(here.device, here.precision)
-
-        def load_rows(split, rows: np.ndarray, seed: int | None):
-            """(batch, counts): tensors on the device, and the numbers that the sums of losses are divided by."""
-            arrays = objective.batch(split, rows, c.seq_len, seed)
-            batch = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
-            if here.device.type == "cuda":
-                batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
-            batch = {key: tensor.to(here.device, non_blocking=True) for key, tensor in batch.items()}
-            return batch, objective.counts(arrays, tokenizer)
 
         def load_step(step: int):
             """This rank's rows of the step's global batch, which depends on the seed and the step alone."""

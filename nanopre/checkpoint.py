@@ -24,7 +24,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from nanopre import UserError, config as configs, distributed
 from nanopre.plugins import Registry
@@ -291,8 +296,8 @@ def _optimizers_of(part: nn.Module, optimizers: Sequence) -> list:
 
 
 def load(checkpoint: Path, parts: Sequence[nn.Module], optimizers: Sequence = ()) -> dict:
-    """Fill the parts of the model, and the optimizers to go on with, from a checkpoint of any layout. Returns its info; raises UserError
-    as verify. Called on every rank; each reads what it needs.
+    """Fill the parts of the model, and the optimizers to go on with, from a checkpoint of any layout. Returns its info;
+    raises UserError as verify. Called on every rank; each reads what it needs.
     """
     info = verify(checkpoint)
     if optimizers:

@@ -19,11 +19,9 @@ from torch.distributed.tensor import DTensor
 from nanopre import UserError
 from nanopre.config import Config
 from nanopre.distributed import World
+from nanopre.hookspecs import PHASES
+from nanopre.machine import Machine
 from nanopre.plugins import Registry
-
-PHASES = ("pipeline", "tensor", "memory", "data", "last")
-"""What a strategy's `phase` may be, in the order in which they are applied. Of the phases that divide ranks among them,
-pipeline, tensor and data, a layout has at most one strategy each. Blocks are compiled after "tensor"."""
 
 DIMENSIONS = ("pipeline", "replicate", "shard", "tensor")
 """Of the device mesh. Data-parallel ranks are those of "replicate" x "shard": copies of the model, each in shards."""
@@ -97,7 +95,7 @@ def plan(config: Config, plugins: Registry, world: World) -> Layout:
     model_parallel = degree("pipeline") * degree("tensor")
     size = world.size
     if size % model_parallel:
-        nearby = sorted({max(model_parallel, size // model_parallel * model_parallel), -(-size // model_parallel) * model_parallel})
+        nearby = sorted({max(1, size // model_parallel) * model_parallel, -(-size // model_parallel) * model_parallel})
         factors = " x ".join(f"{phase} {degree(phase)}" for phase in ("pipeline", "tensor") if degree(phase) > 1)
         raise UserError(
             f"parallel: {factors} does not divide {_processes(size)}; take {' or '.join(map(str, nearby))} processes "
@@ -141,7 +139,7 @@ def check_batch(config: Config, layout: Layout) -> None:
     if batch % unit:
         nearby = sorted({max(unit, batch // unit * unit), -(-batch // unit) * unit})
         ranks = layout.data_size
-        factors = [f"{ranks} data-parallel rank" + ("s" if ranks > 1 else "")]
+        factors = [f"{ranks} data-parallel ranks"] if ranks > 1 else []
         factors += [f"parallel.pipeline.microbatches = {pieces}"] if pieces > 1 else []
         factors += [f"micro_batch_size = {micro}"] if micro else []
         choices = " or ".join(map(str, nearby))
@@ -161,7 +159,7 @@ def _processes(n: int) -> str:
 # Apply
 
 
-def apply(layout: Layout, model: nn.Module, here, loss: Callable, config: Config, example: dict) -> tuple[list, Engine]:
+def apply(layout: Layout, model: nn.Module, here: Machine, loss: Callable, config: Config, example: dict) -> tuple:
     """(parts, engine): the parts of the model that are this rank's, one or, where a pipeline gives a rank several stages,
     more, and what runs a batch through them. Their parameters keep the whole model's names.
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
-
 from conftest import ROOT
+from torch.distributed.tensor import DTensor
 
 TINY = {"n_layers": 4, "d_model": 32, "n_heads": 4, "d_ff": 64}
 MODELS = {

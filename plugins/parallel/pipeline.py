@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import torch
@@ -25,7 +25,7 @@ SCHEDULES = {
     "interleaved_1f1b": "Interleaved1F1B",
     "zero_bubble": "InterleavedZeroBubble",
 }
-"""Our names of torch.distributed.pipelining's schedules (Huang et al., 2019; Narayanan et al., 2019 and 2021; Qi et al., 2024)."""
+"""torch.distributed.pipelining's names of the schedules (Huang et al., 2019; Narayanan et al., 2019, 2021; Qi et al., 2024)."""
 
 SEVERAL_STAGES = ("interleaved_1f1b", "zero_bubble")
 
@@ -55,9 +55,10 @@ class Pipeline:
         """Raises ValueError where the model or batch does not fit the schedule."""
         n, stages = len(model.blocks), self.degree * self.stages_per_rank
         if stages > n:
-            raise ValueError(f"{stages} stages are more than the model's {n} blocks; take a degree of {n // self.stages_per_rank}")
+            degree = n // self.stages_per_rank
+            raise ValueError(f"{stages} stages are more than the model's {n} blocks; take a degree of at most {degree}")
         if self.schedule != "gpipe" and self.microbatches < self.degree:
-            raise ValueError(f"{self.schedule} needs at least as many microbatches as ranks; take microbatches = {self.degree}")
+            raise ValueError(f"{self.schedule} needs at least as many microbatches as ranks; take {self.degree}")
         if self.schedule in SEVERAL_STAGES and self.microbatches % self.degree:
             nearby = -(-self.microbatches // self.degree) * self.degree
             raise ValueError(f"{self.schedule} needs a multiple of {self.degree} microbatches; take {nearby}")
@@ -136,7 +137,7 @@ def cut(model: Transformer, stages: list[list[str]], s: int) -> Stage:
 def share_out(blocks: list[float], head: float, n_stages: int) -> list[range]:
     """The blocks in `n_stages` runs, so that the costliest run, the head with the last, costs least."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def best(first: int, left: int) -> tuple[float, tuple[int, ...]]:
         """(cost of the costliest, ends) of the blocks from `first` on, in `left` runs."""
         if left == 1:

@@ -48,9 +48,11 @@ class TensorParallel:
         for name in ("n_heads", "n_kv_heads", "d_ff", "vocab_size"):
             if (value := getattr(c, name)) % n:
                 fitting = max(d for d in range(1, n) if value % d == 0)
-                raise ValueError(f"degree = {n} does not divide {name} = {value}; take {fitting}, or {name} = {-(-value // n) * n}")
+                up = -(-value // n) * n
+                raise ValueError(f"degree = {n} does not divide {name} = {value}; take {fitting}, or {name} = {up}")
         if self.sequence_parallel and config.train.seq_len % n:
-            raise ValueError(f"degree = {n} does not divide train.seq_len = {config.train.seq_len}, as sequence_parallel needs it to")
+            T = config.train.seq_len
+            raise ValueError(f"sequence_parallel: degree = {n} does not divide train.seq_len = {T}; take {-(-T // n) * n}")
         if hasattr(config.objective, "evaluate"):
             raise ValueError(f"objective {config.objective._plugin_name} decodes as it evaluates, which split heads can't")
 
@@ -60,7 +62,8 @@ class TensorParallel:
             layout.sequence_shards = self.degree
             for key in ("tokens", "decoder_tokens"):
                 if key in layout.example and (T := layout.example[key].shape[1]) % self.degree:
-                    raise UserError(f"parallel.tensor: sequence_parallel needs {key} of a length that {self.degree} divides, not {T}.")
+                    needs = f"sequence_parallel needs {key} of a length that {self.degree} divides"
+                    raise UserError(f"parallel.tensor: {needs}, and the objective makes {T}; leave sequence_parallel out.")
         for part in parts:
             if type(part).__init__ is not Transformer.__init__:
                 raise UserError(f"parallel.tensor: a {type(part).__name__} can't be split; take data parallelism.")
