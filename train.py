@@ -22,7 +22,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopre import UserError, checkpoint, config as configs, corpus as corpora, cost, data, distributed, machine, optim
+from nanopre import (
+    UserError,
+    checkpoint,
+    config as configs,
+    corpus as corpora,
+    cost,
+    data,
+    distributed,
+    machine,
+    optim,
+    parallel,
+)
 from nanopre.examples import prepare as prepare_examples
 from nanopre.generate import generate
 from nanopre.hookspecs import Run
@@ -77,7 +88,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
     here = machine.choose(c)
     with distributed.start(here.device) as world:
         is_first = world.rank == 0
-        configs.check_layout(config, world.size)
+        layout = parallel.plan(config, plugins, world)
 
         # The corpus, tokenised at first use by one process, or examples for an objective that names their columns; a
         # run that starts from another keeps its tokenizer. And a model that starts the same in every layout.
@@ -93,49 +104,12 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
             tokenizer.encode(c.prompt if c.samples else "")
         except UserError as error:
             raise UserError(f"train.prompt: {error}") from None
-        model = distributed.build_model(config, tokenizer).to(here.device)
-        optimizers = optim.build(config.optimizer, model)
-        peak_rates = optim.peak_rates(optimizers)
-
-        # The run's folder, and where the run stands.
-        start_step, best_val_loss = 0, math.inf
-        progress = {"tokens": 0, "seconds": 0.0, "skipped": 0}
-        if resume_from:
-            info = checkpoint.load(resume_from, model, optimizers)
-            start_step, best_val_loss, progress = info["step"], info["best_val_loss"] or math.inf, info["progress"]
-            same_tokenizer = checkpoint.read_tokenizer(run_dir).fingerprint == tokenizer.fingerprint
-            if info["corpus"] != corpus.fingerprint or not same_tokenizer:
-                raise UserError(f"{run_dir}: the corpus or tokenizer changed since the run began, so it can't go on.")
-            if start_step >= c.steps:
-                raise UserError(f"{run_dir}: all {c.steps} steps are done; go on with --train.steps={2 * start_step}.")
+        model = distributed.build_model(config, tokenizer)
+        if config.init_from and config.init_weights and not resume_from:
+            loaded = checkpoint.load_weights(config.init_from, model)
             if is_first:
-                checkpoint.write_config(run_dir, config)  # so that what was changed now stays so the next time
-        else:
-            if config.init_from and config.init_weights:
-                loaded = checkpoint.load_weights(config.init_from, model)
-                if is_first:
-                    print(loaded)
-            name = world.agree("name", checkpoint.free_name(Path(config.out_dir), config.name) if is_first else "")
-            run_dir = Path(config.out_dir) / name
-            if is_first:
-                checkpoint.create_run(run_dir, config, tokenizer)
-        world.barrier()
-
-        # Compile block by block, then let the parallel strategies wrap the model; `model` stays the plain module.
-        if here.compile:
-            for block in model.blocks.values():
-                block.compile()
-        wrapped = model
-        if world.size > 1:
-            mesh = distributed.make_mesh(world)
-            strategies = config.parallel or {"ddp": plugins.get("parallel", "ddp", "parallel")()}
-            for strategy in strategies.values():
-                wrapped = strategy.apply(wrapped, mesh)
-
-        share = c.batch_size // world.size  # rows of the global batch on this rank,
-        micro = c.micro_batch_size or share  # of which so many go through the model at once
+                print(loaded)
         n_parameters = sum(p.numel() for p in model.parameters())
-        peak_flops = cost.peak_flops(here.device, here.precision)
 
         def load_rows(split, rows: np.ndarray, seed: int | None):
             """(batch, counts): tensors on the device, and the numbers that the sums of losses are divided by."""
@@ -146,31 +120,60 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
             batch = {key: tensor.to(here.device, non_blocking=True) for key, tensor in batch.items()}
             return batch, objective.counts(arrays, tokenizer)
 
+        # The parallel strategies take their parts of the model; `engine` runs batches through them.
+        example, _ = load_rows(corpus.train, np.arange(1), config.seed)
+        parts, engine = parallel.apply(layout, model.to(here.device), here, objective.loss, config, example)
+        optimizers = [optimizer for part in parts for optimizer in optim.build(config.optimizer, part)]
+        peak_rates = optim.peak_rates(optimizers)
+
+        # The run's folder, and where the run stands.
+        start_step, best_val_loss = 0, math.inf
+        progress = {"tokens": 0, "seconds": 0.0, "skipped": 0}
+        if resume_from:
+            info = checkpoint.load(resume_from, parts, optimizers)
+            start_step, best_val_loss, progress = info["step"], info["best_val_loss"] or math.inf, info["progress"]
+            same_tokenizer = checkpoint.read_tokenizer(run_dir).fingerprint == tokenizer.fingerprint
+            if info["corpus"] != corpus.fingerprint or not same_tokenizer:
+                raise UserError(f"{run_dir}: the corpus or tokenizer changed since the run began, so it can't go on.")
+            if start_step >= c.steps:
+                raise UserError(f"{run_dir}: all {c.steps} steps are done; go on with --train.steps={2 * start_step}.")
+            if is_first:
+                checkpoint.write_config(run_dir, config)  # so that what was changed now stays so the next time
+        else:
+            name = world.agree("name", checkpoint.free_name(Path(config.out_dir), config.name) if is_first else "")
+            run_dir = Path(config.out_dir) / name
+            if is_first:
+                checkpoint.create_run(run_dir, config, tokenizer)
+        world.barrier()
+
+        share = c.batch_size // layout.data_size  # rows of the global batch on this rank
+        peak_flops = cost.peak_flops(here.device, here.precision)
+
         def load_step(step: int):
             """This rank's rows of the step's global batch, which depends on the seed and the step alone."""
-            first = step * c.batch_size + world.rank * share
+            first = step * c.batch_size + layout.data_rank * share
             return load_rows(corpus.train, np.arange(first, first + share), config.seed)
 
         @torch.no_grad()
         def evaluate() -> dict[str, float]:
             """The objective's metrics over the validation split, or its first `eval_tokens`: always the same part."""
-            model.eval()
+            for part in parts:
+                part.eval()
             end = objective.rows_per_epoch(corpus.val, c.seq_len)
             n_rows = min(end, -(-c.eval_tokens // c.seq_len)) if c.eval_tokens else end
             sums, counts = {}, {}
             # Every rank runs as many batches as the others; rows that are too many lie past the end: without targets.
-            for first in range(0, n_rows, micro * world.size):
-                rows = first + world.rank * micro + np.arange(micro)
+            for first in range(0, n_rows, engine.rows * layout.data_size):
+                rows = first + layout.data_rank * engine.rows + np.arange(engine.rows)
                 batch, n = load_rows(corpus.val, np.where(rows < n_rows, rows, end), None)
-                with here.autocast():
-                    parts = model(**batch, loss=objective.loss)
-                sums = {key: sums.get(key, 0) + part for key, part in parts.items()}
+                sums = {key: sums.get(key, 0) + value for key, value in engine.evaluate(batch).items()}
                 counts = {key: counts.get(key, 0) + n[key] for key in n}
-            metrics = objective.report(numbers(world.sum(sums)), numbers(world.sum(counts)))
+            metrics = objective.report(numbers(world.sum(layout.own(sums))), numbers(world.sum(layout.own(counts))))
             if hasattr(objective, "evaluate"):
                 with torch.compiler.set_stance("force_eager"):  # decoding: a new length at every token
-                    metrics |= objective.evaluate(model, corpus.val, c.seq_len)
-            model.train()
+                    metrics |= objective.evaluate(parts[0], corpus.val, c.seq_len)
+            for part in parts:
+                part.train()
             return metrics
 
         def save(step: int, is_best: bool) -> None:
@@ -183,7 +186,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
                 "git_commit": git_commit(),
             }
-            path = checkpoint.save(run_dir, step, model, optimizers, info)
+            path = checkpoint.save(run_dir, step, parts, optimizers, info)
             if is_first:
                 if is_best:
                     checkpoint.point(run_dir, "best", path)
@@ -202,12 +205,12 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
             start_step=start_step,
             steps=c.steps,
             tokenizer=tokenizer,
-            model=model,
+            model=parts[0],
             objective=objective,
         )
         if is_first:
             epochs = c.steps * c.batch_size / objective.rows_per_epoch(corpus.train, c.seq_len)
-            print(f"{run_dir}: {n_parameters:,} parameters; {here.reason}; {world.size} process(es)")
+            print(f"{run_dir}: {n_parameters:,} parameters; {here.reason}; {layout}")
             print(f"{corpus.train.n_tokens:,} tokens to train on, of which this run sees {epochs:.3g} epochs; "
                   f"{corpus.val.n_tokens:,} to validate")  # fmt: skip
         status, skipped_in_a_row = "failed", 0
@@ -218,23 +221,16 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
                     began = time.perf_counter()
                     factor = optim.learning_rate_factor(config.schedule, step, c.steps)
                     optim.set_rates(optimizers, peak_rates, factor)
-                    distributed.seed_step(config.seed, step, world.rank)
+                    distributed.seed_step(config.seed, step, layout.data_rank)
 
-                    # Normalise once: each sum of losses is divided by its number of targets in the whole global batch.
-                    # So micro-batches and ranks only ever add.
-                    totals = world.sum(counts)
-                    sums = {}
-                    for first in range(0, share, micro):
-                        with distributed.accumulate(wrapped, last=first + micro >= share):
-                            with here.autocast():
-                                rows = {key: tensor[first : first + micro] for key, tensor in batch.items()}
-                                parts = wrapped(**rows, loss=objective.loss)
-                            sum(part / totals[key].clamp(min=1) for key, part in parts.items()).backward()
-                        sums = {key: sums.get(key, 0) + part.detach() for key, part in parts.items()}
-                    norm = optim.clip_gradients(model.parameters(), c.grad_clip)
+                    # How many targets the whole global batch has: what each sum of losses is divided by.
+                    totals = world.sum(layout.own(counts))
+                    sums = engine.forward_backward(batch, totals)
+                    parallel.finish_gradients(layout, parts)
+                    norm = parallel.clip_gradients(layout, parts, c.grad_clip)
 
                     # One look at the numbers a step. They are the same on every rank, and so is what follows from them.
-                    seen = numbers(world.sum({**sums, "stop": stop.asked}))
+                    seen = numbers(world.sum({**layout.own(sums), "stop": stop.asked}))
                     stopping = seen.pop("stop") > 0
                     metrics = objective.report(seen, numbers(totals))
                     norm = norm.item()
@@ -263,7 +259,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
                         **progress,
                     }
                     if peak_flops:
-                        metrics["mfu"] = cost.flops(model.config, batch) / seconds / peak_flops
+                        metrics["mfu"] = cost.flops(model.config, batch) * layout.data_size / world.size / seconds / peak_flops
                     plugins.hook.nanopre_step_end(run=run, step=done, metrics=metrics)
 
                     last = done == c.steps or stopping
@@ -282,12 +278,12 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         finally:
             plugins.hook.nanopre_run_end(run=run, status=status)
 
-        if is_first and status == "interrupted":
-            print(f"Stopped after step {done} of {c.steps}; go on with: python train.py --resume {run_dir}")
-        elif is_first:
-            if c.samples and model.config.architecture == "decoder" and not hasattr(objective, "sample"):
-                print_samples(model, tokenizer, c.prompt, c.samples, config.seed)
-            print(f"\nTry it: python sample.py {run_dir} --prompt {c.prompt or 'TEXT'!r}")
+    if is_first and status == "interrupted":
+        print(f"Stopped after step {done} of {c.steps}; go on with: python train.py --resume {run_dir}")
+    elif is_first:
+        if c.samples and model.config.architecture == "decoder" and not hasattr(objective, "sample"):
+            print_samples(run_dir, here.device, c.prompt, c.samples, config.seed)
+        print(f"\nTry it: python sample.py {run_dir} --prompt {c.prompt or 'TEXT'!r}")
 
 
 def numbers(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -295,11 +291,13 @@ def numbers(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
     return dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
 
 
-def print_samples(model, tokenizer, prompt: str, n_samples: int, seed: int) -> None:
+def print_samples(run_dir: Path, device: torch.device, prompt: str, n_samples: int, seed: int) -> None:
+    opened = checkpoint.open_run(run_dir)  # from the disk: a rank may have trained a part of the model only
+    model, tokenizer = opened.model.to(device), opened.tokenizer
     start = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eot]
     with torch.compiler.set_stance("force_eager"):  # a new length at every token: nothing to compile for
         for i in range(n_samples):
-            generator = torch.Generator(next(model.parameters()).device).manual_seed(seed + i)
+            generator = torch.Generator(device).manual_seed(seed + i)
             tokens = generate(
                 model, start, 200, 0.8, top_p=0.95, generator=generator, n_vocab=tokenizer.n_vocab, stop=tokenizer.eot
             )

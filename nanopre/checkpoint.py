@@ -24,7 +24,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from nanopre import UserError, config as configs, distributed
 from nanopre.plugins import Registry
@@ -96,8 +101,9 @@ def _checksum(file: Path) -> dict[str, int]:
 # Save
 
 
-def save(run_dir: Path, step: int, model: nn.Module, optimizers: Sequence, info: dict) -> Path:
-    """Write checkpoints/step_<step> and point `latest` at it. Called on every rank. Returns the folder."""
+def save(run_dir: Path, step: int, parts: Sequence[nn.Module], optimizers: Sequence, info: dict) -> Path:
+    """Write checkpoints/step_<step> and point `latest` at it. Called on every rank, with the parts of the model that are
+    there. Returns the folder."""
     folder = Path(run_dir) / "checkpoints"
     final, temporary = folder / f"step_{step:08d}", folder / f"step_{step:08d}.tmp"
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -106,7 +112,7 @@ def save(run_dir: Path, step: int, model: nn.Module, optimizers: Sequence, info:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         _barrier()
-        weights, states = get_state_dict(model, list(optimizers), options=OPTIONS)
+        weights, states = state_of(parts, optimizers)
         dcp.save({"model": weights, "optimizer": states}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
         _barrier()
         if first:
@@ -275,22 +281,37 @@ class _Unpickler(pickle.Unpickler):
         raise UserError(f"a checkpoint's .metadata names {module}.{name}, which no checkpoint needs: do not trust it.")
 
 
-def load(checkpoint: Path, model: nn.Module, optimizers: Sequence = ()) -> dict:
-    """Fill the model, and the optimizers to go on with, from a checkpoint of any layout. Returns its info; raises UserError
-    as verify. Called on every rank; each reads what it needs.
+def state_of(parts: Sequence[nn.Module], optimizers: Sequence) -> tuple[dict, dict]:
+    """The weights and the optimizers' states of the parts, each by the parameter's name: no layout shows in them."""
+    weights, states = {}, {}
+    for part in parts:
+        of_part, of_optimizers = get_state_dict(part, _optimizers_of(part, optimizers), options=OPTIONS)
+        weights, states = weights | of_part, states | of_optimizers
+    return weights, states
+
+
+def _optimizers_of(part: nn.Module, optimizers: Sequence) -> list:
+    own = set(map(id, part.parameters()))
+    return [o for o in optimizers if any(id(p) in own for group in o.param_groups for p in group["params"])]
+
+
+def load(checkpoint: Path, parts: Sequence[nn.Module], optimizers: Sequence = ()) -> dict:
+    """Fill the parts of the model, and the optimizers to go on with, from a checkpoint of any layout. Returns its info;
+    raises UserError as verify. Called on every rank; each reads what it needs.
     """
     info = verify(checkpoint)
     if optimizers:
         read_info(checkpoint, NEEDED_TO_GO_ON)
-    weights, states = get_state_dict(model, list(optimizers), options=OPTIONS)
+    weights, states = state_of(parts, optimizers)
     wanted = {"model": weights, "optimizer": states} if optimizers else {"model": weights}
     try:
         dcp.load(wanted, storage_reader=_Reader(checkpoint), no_dist=not dist.is_initialized())
     except (RuntimeError, ValueError, dist.checkpoint.api.CheckpointException) as error:
         raise UserError(f"{checkpoint}: does not fit the configured model or optimizer ({_reason(error)}).") from None
-    set_state_dict(
-        model, list(optimizers), model_state_dict=weights, optim_state_dict=states if optimizers else {}, options=OPTIONS
-    )
+    for part in parts:
+        names, of_part = get_model_state_dict(part), _optimizers_of(part, optimizers)
+        own = {name: weights[name] for name in names}
+        set_state_dict(part, of_part, model_state_dict=own, optim_state_dict=states if of_part else {}, options=OPTIONS)
     return info
 
 
@@ -312,7 +333,7 @@ def open_run(path: str | Path) -> OpenedRun:
     config, registry = configs.load(run_dir / "config.toml", [])
     tokenizer = Tokenizer.load(run_dir / "tokenizer.json")
     model = distributed.build_model(config, tokenizer)
-    info = load(checkpoint, model)
+    info = load(checkpoint, [model])
     return OpenedRun(config, registry, tokenizer, model.eval(), checkpoint, info)
 
 

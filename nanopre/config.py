@@ -391,15 +391,3 @@ def _table(instance: Any) -> dict[str, Any]:
 def to_toml(config: Config) -> str:
     """The resolved config as a TOML file."""
     return tomli_w.dumps(to_dict(config))
-
-
-def check_layout(config: Config, world_size: int) -> None:
-    """Raise UserError where the global batch can't be shared out evenly over the processes and their micro-batches."""
-    batch, micro = config.train.batch_size, config.train.micro_batch_size or 1
-    unit = world_size * micro
-    if batch % unit:
-        nearby = sorted({max(unit, batch // unit * unit), -(-batch // unit) * unit})
-        processes = f"{world_size} process" + ("es" if world_size > 1 else "")
-        each = f" x micro_batch_size = {micro}" if config.train.micro_batch_size else ""
-        choices = " or ".join(map(str, nearby))
-        raise UserError(f"train.batch_size = {batch} is not divisible by {processes}{each}; take {choices}.")

@@ -76,22 +76,37 @@ def flops_per_token(config: ModelConfig, seq_len: int, decoder_len: int = 0, sco
         among them, are then shared out over the encoder's tokens.
     scored: positions a row that meet the vocabulary; None: every one (of the decoder).
     """
+    blocks, head = row_flops(config, seq_len, decoder_len, scored)
+    return (sum(blocks) + head) / seq_len
+
+
+def row_flops(
+    config: ModelConfig, seq_len: int, decoder_len: int = 0, scored: int | None = None
+) -> tuple[list[float], float]:
+    """FLOPs of a row's forward and backward pass in each block, and in the head. Arguments as of flops_per_token."""
     T, D, width = seq_len, decoder_len, config.n_heads * config.head_dim
     asks, answers = _attention_products(config)
     mlp = _mlp_products(config)
     # Multiplications of a row in one forward pass: each costs an addition too, and two more of both in the backward pass.
-    row = config.n_layers * T * (asks + answers + mlp + 2 * width * T)
-    row += config.n_decoder_layers * (D * (2 * asks + answers + mlp + 2 * width * (D + T)) + T * answers)
-    head = config.vocab_size * config.d_model + (config.d_model**2 if config.transform else 0)
+    encoder = T * (asks + answers + mlp + 2 * width * T)
+    decoder = D * (2 * asks + answers + mlp + 2 * width * (D + T)) + T * answers
     if scored is None:
         scored = D if config.architecture == "encoder-decoder" else T
-    return 6 * (row + scored * head) / T
+    head = scored * (config.vocab_size * config.d_model + (config.d_model**2 if config.transform else 0))
+    return [6 * encoder] * config.n_layers + [6 * decoder] * config.n_decoder_layers, 6 * head
 
 
 def flops(config: ModelConfig, batch: dict[str, Tensor]) -> float:
     """FLOPs of a forward and backward pass over a batch: its widths tell how many tokens a row has, how many its decoder
     has, and how many positions meet the vocabulary."""
+    blocks, head = batch_flops(config, batch)
+    return sum(blocks) + head
+
+
+def batch_flops(config: ModelConfig, batch: dict[str, Tensor]) -> tuple[list[float], float]:
+    """The same for each block, and for the head."""
     B, T = batch["tokens"].shape
     decoder_len = batch["decoder_tokens"].shape[1] if "decoder_tokens" in batch else 0
     scored = batch["positions"].shape[1] if "positions" in batch else None
-    return B * T * flops_per_token(config, T, decoder_len, scored)
+    blocks, head = row_flops(config, T, decoder_len, scored)
+    return [B * block for block in blocks], B * head

@@ -1,4 +1,4 @@
-"""Ranks, the process group, the device mesh, seeds, and parameters that start the same in every layout."""
+"""Ranks, the process group, seeds, and parameters that start the same in every layout."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import hashlib
 import os
 import signal
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nanopre import UserError
 from nanopre.config import Config
@@ -100,18 +99,6 @@ def start(device: torch.device):
         dist.destroy_process_group()
 
 
-def make_mesh(world: World) -> DeviceMesh | None:
-    """The mesh of all ranks, with one dimension for each way to be parallel: data only, so far. None for one process."""
-    if world.size == 1:
-        return None
-    return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("data",))
-
-
-def accumulate(model: nn.Module, last: bool):
-    """A context for one micro-batch: gradients meet those of the other ranks in the step's last one alone."""
-    return model.no_sync() if not last and hasattr(model, "no_sync") else nullcontext()
-
-
 class StopSignal:
     """Ctrl-C and SIGTERM ask for an end after the running step; a second one ends the process at once."""
 
@@ -141,7 +128,8 @@ def derive_seed(*keys: int | str) -> int:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Set torch's generators, from which dropout draws: by step, so that a resumed run drops what the whole run did."""
+    """Set torch's generators, from which dropout draws: by step, so that a resumed run drops what the whole run did, and by
+    data-parallel rank, so that the ranks of a tensor group drop the same."""
     torch.manual_seed(derive_seed(seed, "step", step, rank))
 
 

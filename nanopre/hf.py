@@ -278,7 +278,7 @@ def import_model(source: str | Path, run_dir: str | Path, tokenizer_file: str | 
         print(f"nanopre.hf: {source}: {'; '.join(notes)}.", file=sys.stderr)
     checkpoint.create_run(run_dir, config, tokenizer)
     info = {"imported_from": str(source), "config": configs.to_dict(config), "plugins": registry.versions()}
-    return checkpoint.save(run_dir, 0, model, [], info)
+    return checkpoint.save(run_dir, 0, [model], [], info)
 
 
 def export_model(run: str | Path, folder: str | Path) -> None:

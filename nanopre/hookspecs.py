@@ -41,8 +41,15 @@ METHODS = {
 }
 """What a class of each kind must be able to do."""
 
-OPTIONAL_METHODS = {"objective": ("adapt", "columns", "prepare", "evaluate", "sample"), "dataset": ("records",)}
+OPTIONAL_METHODS = {
+    "objective": ("adapt", "columns", "prepare", "evaluate", "sample"),
+    "dataset": ("records",),
+    "parallel": ("check", "engine"),
+}
 """What a class of a kind may be able to do besides."""
+
+PHASES = ("pipeline", "tensor", "memory", "data", "last")
+"""What a parallel strategy's `phase` may be, in the order in which they are applied. Blocks are compiled after "tensor"."""
 
 Register = Callable[[str, type], None]
 
@@ -127,10 +134,19 @@ def nanopre_datasets(register: Register) -> None:
 
 @hookspec
 def nanopre_parallel(register: Register) -> None:
-    """Offer parallel strategies (keys of [parallel]), which are applied when there are several processes.
+    """Offer parallel strategies (keys of [parallel]).
 
-    apply(model, mesh) -> torch.nn.Module: wraps or changes the model for a torch.distributed DeviceMesh with the
-        dimension "data".
+    phase: one of PHASES, which tells when it is applied. Of "pipeline", "tensor" and "data" a layout has one
+        strategy each, and it is left out where its ranks are a single one.
+    degree: how many ranks a strategy of "pipeline" or "tensor" takes; of "data", how many share a copy of the model.
+    apply(parts, layout) -> list of torch.nn.Module: wraps or changes the parts of the model that are this rank's, in a
+        nanopre.parallel.Layout.
+
+    And where it needs them:
+    check(config, layout, model): raises ValueError where the layout is impossible, in words that follow the strategy's name.
+        The model has no numbers yet (device "meta"), and another vocabulary.
+    engine(parts, layout, loss, micro): of "pipeline", what runs batches through the parts, with the methods of
+        nanopre.parallel.Accumulation. micro: how many rows go through at once.
     """
 
 

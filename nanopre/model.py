@@ -100,6 +100,15 @@ def cast_for_products(h: Tensor) -> Tensor:
     return h.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else h
 
 
+# How the layers of these names split over ranks (Shoeybi et al., 2019, section 3), for a strategy that does it: "column"
+# by outputs, "row" by inputs, after which the ranks' results are summed, "vocab" by tokens. All others stay whole.
+SPLITS = {
+    **dict.fromkeys(("q", "k", "v", "up", "gate"), "column"),
+    **dict.fromkeys(("out", "down"), "row"),
+    **dict.fromkeys(("tokens", "proj"), "vocab"),
+}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
@@ -380,6 +389,7 @@ class Head(nn.Module):
         self.scale = config.d_model**-0.5 if config.scale_logits else 1.0
         self.outputs = nn.ModuleDict()
         self.pooler = None
+        self.linear_cross_entropy = LinearCrossEntropy.apply  # a strategy that splits the vocabulary puts its own here
 
     def forward(self, *state: Tensor, loss: Callable | None = None, **batch) -> Tensor | dict[str, Tensor]:
         h = self.norm(state[-1])
@@ -398,7 +408,7 @@ class Head(nn.Module):
         if not torch.is_grad_enabled():
             # no_grad does not reach a Function's needs_input_grad: a parameter would have an evaluation make its gradient.
             parameters = (p if p is None else p.detach() for p in parameters)
-        total, correct = LinearCrossEntropy.apply(h, *parameters, targets.reshape(-1), count_correct)
+        total, correct = self.linear_cross_entropy(h, *parameters, targets.reshape(-1), count_correct)
         return (total, correct) if count_correct else total
 
     def add_output(self, name: str, width: int, pooled: bool = False) -> None:
@@ -441,8 +451,14 @@ class Transformer(nn.Module):
             self.head.proj.weight = self.embed.tokens.weight
 
     def forward(
-        self, tokens: Tensor | None, loss: Callable | None = None, cache=None, decoder_tokens: Tensor | None = None, **batch
-    ) -> Tensor | dict[str, Tensor]:
+        self,
+        tokens: Tensor | None,
+        loss: Callable | None = None,
+        cache=None,
+        decoder_tokens: Tensor | None = None,
+        state: tuple[Tensor, ...] | None = None,
+        **batch,
+    ) -> Tensor | dict[str, Tensor] | tuple[Tensor, ...]:
         """tokens (B, T), T <= seq_len, to logits (B, T, V); with `loss`, to that function's sums.
 
         decoder_tokens: of an encoder-decoder, whose logits are theirs.
@@ -450,17 +466,20 @@ class Transformer(nn.Module):
             first on, see each other in both directions.
         cache: keys and values of earlier positions (nanopre.generate.KeyValueCache). An encoder-decoder with a cache
             that holds its encoder's needs no `tokens`.
+        state: where only a part of the blocks is here, the streams that come from the part before, in place of embeddings.
+            A part without a head gives the streams in place of logits.
         """
-        state = self.embed(tokens, decoder_tokens=decoder_tokens, cache=cache, **batch)
+        if state is None:
+            state = self.embed(tokens, decoder_tokens=decoder_tokens, cache=cache, **batch)
         streams = {"bias": tokens, "decoder_bias": decoder_tokens}
         past = 0 if cache is None else cache.length
         for name, bias in self.relative.items():
             if (stream := streams[name]) is not None:
                 batch[name] = bias(stream.shape[1], past + stream.shape[1])
         for name, block in self.blocks.items():
-            if tokens is not None or isinstance(block, DecoderBlock):
+            if tokens is not None or hasattr(block, "cross"):
                 state = block(*state, cache=None if cache is None else cache[name], **batch)
-        return self.head(*state, loss=loss, **batch)
+        return state if self.head is None else self.head(*state, loss=loss, **batch)
 
     def init_std(self, name: str) -> float | None:
         """Standard deviation of a weight at the start; None: a norm's weight (1) or a bias (0).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,16 +47,6 @@ def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
     return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * max(0.0, height)
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """The norm of all gradients together, as a scalar on their device; scales them to `max_norm` where it is greater
-    (0: never). A gradient that is not finite makes the norm not finite and is left as it is."""
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
-
-
 def build(plugin: Any, model: nn.Module) -> list[torch.optim.Optimizer]:
     """The optimizers of the configured plugin. Raises UserError where its build gives anything else."""
     optimizers = plugin.build(model)
@@ -66,7 +56,18 @@ def build(plugin: Any, model: nn.Module) -> list[torch.optim.Optimizer]:
         raise UserError(
             f'optimizer: the build of "{plugin._plugin_name}" gave {given}; it must give a list of torch.optim.Optimizer.'
         )
+    for optimizer in optimizers:
+        groups = optimizer.param_groups
+        optimizer.param_groups = [{**group, "params": part} for group in groups for part in _by_mesh(group["params"])]
     return list(optimizers)
+
+
+def _by_mesh(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters, apart by the mesh that they are split over: fused and foreach kernels take those of one mesh."""
+    groups: dict[object, list[Tensor]] = {}
+    for p in parameters:
+        groups.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    return list(groups.values())
 
 
 def peak_rates(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[float]]:

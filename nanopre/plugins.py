@@ -25,7 +25,7 @@ from typing import Any, Literal
 import pluggy
 
 from nanopre import UserError, hookspecs
-from nanopre.hookspecs import KINDS, METHODS
+from nanopre.hookspecs import KINDS, METHODS, PHASES
 
 CHECKOUT = Path(__file__).parent.parent / "plugins"
 
@@ -218,6 +218,8 @@ def check_class(kind: str, offer: Offer) -> None:
     for method in METHODS[kind]:
         if not callable(getattr(offer.cls, method, None)):
             raise UserError(f"{where}: has no method {method}, which every {kind} needs.")
+    if kind == "parallel" and getattr(offer.cls, "phase", None) not in PHASES:
+        raise UserError(f'{where}: has no phase, which must be one of {", ".join(PHASES)}.')
     if kind == "logger":
         check_implementations(offer.cls, where)
         if not any(hasattr(getattr(offer.cls, name), "nanopre_impl") for name in dir(offer.cls)):

@@ -76,3 +76,13 @@ def read_log(run_dir: Path) -> tuple[list[dict], list[dict]]:
     """(steps, evaluations) of a run's log.jsonl."""
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "val_loss" in line]
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """A pool of processes for runs with several ranks."""
+    from ranks import Ranks
+
+    pool = Ranks()
+    yield pool
+    pool.close()

@@ -14,7 +14,7 @@ import tomli
 from hypothesis import given, settings, strategies as st
 
 from nanopre import UserError, config as configs, plugins
-from nanopre.config import Config, build_plugin, check_layout, from_dict, load, parse_override, to_dict, to_toml
+from nanopre.config import Config, build_plugin, from_dict, load, parse_override, to_dict, to_toml
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,8 +85,9 @@ class Files:
 class DDP:
     """A strategy."""
     bucket_mb: int = 25
+    phase = "data"
 
-    def apply(self, model, mesh): ...
+    def apply(self, parts, layout): ...
 
 @dataclass
 class Logger:
@@ -467,44 +468,6 @@ def test_build_plugin_names_the_key():
         build_plugin(registry, "dataset", {"name": "fils"}, "data.corpus")
     with pytest.raises(UserError, match=r"^data\.corpus\.limt: unknown key; did you mean data\.corpus\.limit\?$"):
         build_plugin(registry, "dataset", {"name": "files", "limt": 3}, "data.corpus")
-
-
-# How the batch is shared out.
-
-
-@pytest.mark.parametrize(
-    "batch, micro, ranks, sentence",
-    [
-        (12, 0, 1, None),
-        (12, 3, 4, None),
-        (12, 0, 5, "train.batch_size = 12 is not divisible by 5 processes; take 10 or 15."),
-        (12, 5, 1, "train.batch_size = 12 is not divisible by 1 process x micro_batch_size = 5; take 10 or 15."),
-        (12, 4, 2, "train.batch_size = 12 is not divisible by 2 processes x micro_batch_size = 4; take 8 or 16."),
-        (3, 0, 4, "train.batch_size = 3 is not divisible by 4 processes; take 4."),
-    ],
-)
-def test_check_layout(batch, micro, ranks, sentence):
-    config = read("", f"--train.batch_size={batch}", f"--train.micro_batch_size={micro}")
-    if sentence is None:
-        check_layout(config, ranks)
-    else:
-        with pytest.raises(UserError) as error:
-            check_layout(config, ranks)
-        assert str(error.value) == sentence
-
-
-@given(batch=st.integers(1, 99), micro=st.integers(0, 9), ranks=st.integers(1, 9))
-@settings(deadline=None)
-def test_what_check_layout_proposes_is_right(batch, micro, ranks):
-    config = Config()
-    config.train = configs.Train(batch_size=batch, micro_batch_size=micro)
-    unit = ranks * (micro or 1)
-    try:
-        check_layout(config, ranks)
-        assert batch % unit == 0
-    except UserError as error:
-        proposed = [int(n) for n in str(error).split("take ")[1].rstrip(".").split(" or ")]
-        assert batch % unit and all(n % unit == 0 and 0 < n and abs(n - batch) < unit for n in proposed)
 
 
 # The real plugins and configs.

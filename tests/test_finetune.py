@@ -56,7 +56,7 @@ def pretrained(tmp_path_factory):
         for parameter in model.parameters():
             parameter.normal_(0, 0.05, generator=generator).add_(1.0 if parameter.ndim == 1 else 0.0)
     checkpoint.create_run(folder, config, tokenizer)
-    checkpoint.save(folder, 0, model, [], {"config": configs.to_dict(config)})
+    checkpoint.save(folder, 0, [model], [], {"config": configs.to_dict(config)})
     return folder
 
 

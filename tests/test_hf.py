@@ -55,7 +55,7 @@ def make_run(
     config, _ = configs.from_dict(table, "test")
     made = redraw(distributed.build_model(config, tokenizer)).eval()
     checkpoint.create_run(folder, config, tokenizer)
-    checkpoint.save(folder, 7, made, [], {})
+    checkpoint.save(folder, 7, [made], [], {})
     return made
 
 

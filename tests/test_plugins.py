@@ -221,12 +221,20 @@ def test_every_kind_can_be_offered_and_needs_its_methods(kind):
     mark = "    @hookimpl\n" if kind == "logger" else ""
     body = "".join(f"{mark}    def {method}(self): pass\n" for method in methods)
     offer = f"@hookimpl\ndef {hook}(register):\n    register('mine', Mine)\n"
-    head = '@dataclass\nclass Mine:\n    """Doc."""\n'
+    head = '@dataclass\nclass Mine:\n    """Doc."""\n    phase = "last"\n'
     write("mine.py", head, body, offer)
     assert load_plugins(["mine.py"]).offers(kind)["mine"].cls.__doc__ == "Doc."
     for method in METHODS[kind]:
         write("mine.py", head, body.replace(method, "other"), offer)
         assert refused("mine.py") == f'mine.py: {kind} "mine": has no method {method}, which every {kind} needs.'
+
+
+def test_a_parallel_strategy_needs_a_phase_that_there_is():
+    text = '@dataclass\nclass Mine:\n    """Doc."""\n    phase = "late"\n    def apply(self): pass\n'
+    write("mine.py", text, "@hookimpl\ndef nanopre_parallel(register):\n    register('mine', Mine)\n")
+    assert refused("mine.py") == (
+        'mine.py: parallel "mine": has no phase, which must be one of pipeline, tensor, memory, data, last.'
+    )
 
 
 # Classes that are refused.
@@ -473,7 +481,7 @@ def test_the_documents_examples_of_lifecycle_hooks_work(tmp_path):
             (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
             examples.append(textwrap.indent(example, "    "))
     assert len(examples) == len(lifecycle)
-    head = '@dataclass\nclass Mine:\n    """Doc."""\n'
+    head = '@dataclass\nclass Mine:\n    """Doc."""\n    phase = "last"\n'
     write("mine.py", head, *examples, "@hookimpl\ndef nanopre_loggers(register):\n    register('mine', Mine)\n")
     registry = load_plugins(["mine.py"])
     registry.register_instance(registry.get("logger", "mine", "")(), "mine")

@@ -124,7 +124,7 @@ def random_run(tmp_path, model: dict, tokenizer):
         for parameter in built.parameters():
             parameter.normal_(0, 0.3, generator=generator)
     checkpoint.create_run(tmp_path / "tiny", config, tokenizer)
-    checkpoint.save(tmp_path / "tiny", 0, built, [], {"config": configs.to_dict(config)})
+    checkpoint.save(tmp_path / "tiny", 0, [built], [], {"config": configs.to_dict(config)})
     return checkpoint.open_run(tmp_path / "tiny")
 
 

@@ -257,7 +257,7 @@ def test_a_checkpoint_is_on_the_disk_before_latest_names_it(tiny, tmp_path, monk
     note(checkpoint, "_sync")
     note(Path, "rename")
     note(os, "replace")
-    checkpoint.save(folder, 13, opened.model, [], {})
+    checkpoint.save(folder, 13, [opened.model], [], {})
     new = "step_00000013"
     assert done[-6:] == [
         ("_sync", "info.json", f"{new}.tmp"),
@@ -348,7 +348,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint_in_force(tiny, tmp_path,
     opened = checkpoint.open_run(folder)
     monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(UserError, match="step_00000099.tmp: can't be written .OSError: No space left on device"):
-        checkpoint.save(folder, 99, opened.model, [], {})
+        checkpoint.save(folder, 99, [opened.model], [], {})
     monkeypatch.undo()
     assert checkpoint.open_run(folder).checkpoint.name == "step_00000012"
     assert checkpoint.find(folder)[-1].name == "step_00000012"
@@ -389,7 +389,7 @@ def test_a_changed_corpus_is_not_resumed(tiny, tmp_path):
 def test_an_error_on_many_ranks_is_said_once(tiny):
     result = run_script("train.py", *tiny, "--train.batch_size=9", processes=2)
     assert result.returncode != 0
-    assert result.stderr.count("train.batch_size = 9 is not divisible by 2 processes; take 8 or 10.") == 1
+    assert result.stderr.count("train.batch_size = 9 is not divisible by 2 data-parallel ranks; take 8 or 10.") == 1
     assert "train.py\", line" not in result.stderr  # torchrun's own traceback says that a process failed
 
 

@@ -4,26 +4,38 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nanopre import hookimpl
+from nanopre.parallel import Layout
 
 
 @dataclass
 class DDP:
-    """DistributedDataParallel (Li et al., 2020): gradients are summed in buckets while the backward pass goes on."""
+    """DistributedDataParallel (Li et al., 2020): gradients are summed in buckets while the backward pass goes on.
+
+    Beside tensor or pipeline parallelism, which it does not know of, FSDP does the same with shards of one rank.
+    """
 
     bucket_mb: int = 25  # MiB of gradients in one all-reduce
 
-    def apply(self, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        group = mesh["data"].get_group()
+    phase = "data"
+
+    def apply(self, parts: list[nn.Module], layout: Layout) -> list[nn.Module]:
+        if layout.sizes["tensor"] > 1 or layout.sizes["pipeline"] > 1:
+            for part in parts:
+                fully_shard(part, mesh=layout.mesh["replicate", "shard"], reshard_after_forward=False)
+                part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)  # gloo can't scale while it sums
+            return parts
+        group = layout.mesh.get_group("replicate")
         wrapped = DistributedDataParallel(
-            model, process_group=group, bucket_cap_mb=self.bucket_mb, gradient_as_bucket_view=True
+            parts[0], process_group=group, bucket_cap_mb=self.bucket_mb, gradient_as_bucket_view=True
         )
         # DDP would take the mean. Losses here are sums divided by the global batch's targets, so gradients only add.
         wrapped.register_comm_hook(group, add)
-        return wrapped
+        return [wrapped]
 
 
 def add(group: dist.ProcessGroup, bucket: dist.GradBucket):

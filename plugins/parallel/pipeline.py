@@ -1,0 +1,221 @@
+"""Pipeline parallelism: the blocks are shared out over ranks in stages, through which micro-batches follow each other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from nanopre import UserError, cost, hookimpl
+from nanopre.config import at_least
+from nanopre.model import Transformer
+from nanopre.parallel import Layout, Shared, normalised
+
+SCHEDULES = {
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved_1f1b": "Interleaved1F1B",
+    "zero_bubble": "InterleavedZeroBubble",
+}
+"""torch.distributed.pipelining's names of the schedules (Huang et al., 2019; Narayanan et al., 2019, 2021; Qi et al., 2024)."""
+
+SEVERAL_STAGES = ("interleaved_1f1b", "zero_bubble")
+
+
+@dataclass
+class Pipeline:
+    """Stages of blocks on different ranks, by the schedules of torch.distributed.pipelining.
+
+    Each stage sends its streams on to the next, and their gradients back: per micro-batch, rows x tokens x d_model
+    numbers each way, and for an encoder-decoder twice as many.
+    """
+
+    degree: int = 2  # ranks
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = "1f1b"
+    microbatches: int = 8  # in which a batch goes through; with p ranks the pipeline idles (p - 1) / (microbatches + p - 1)
+    stages_per_rank: int = 0  # 0: two for interleaved_1f1b and zero_bubble, else one
+
+    phase = "pipeline"
+
+    def __post_init__(self):
+        at_least(self, degree=1, microbatches=1, stages_per_rank=0)
+        self.stages_per_rank = self.stages_per_rank or (2 if self.schedule in SEVERAL_STAGES else 1)
+        if self.stages_per_rank > 1 and self.schedule not in SEVERAL_STAGES:
+            raise ValueError(f"stages_per_rank = {self.stages_per_rank}: {self.schedule} has 1; take interleaved_1f1b")
+
+    def check(self, config, layout: Layout, model: Transformer) -> None:
+        """Raises ValueError where the model or batch does not fit the schedule."""
+        n, stages = len(model.blocks), self.degree * self.stages_per_rank
+        if stages > n:
+            degree = n // self.stages_per_rank
+            raise ValueError(f"{stages} stages are more than the model's {n} blocks; take a degree of at most {degree}")
+        if self.schedule != "gpipe" and self.microbatches < self.degree:
+            raise ValueError(f"{self.schedule} needs at least as many microbatches as ranks; take {self.degree}")
+        if self.schedule in SEVERAL_STAGES and self.microbatches % self.degree:
+            nearby = -(-self.microbatches // self.degree) * self.degree
+            raise ValueError(f"{self.schedule} needs a multiple of {self.degree} microbatches; take {nearby}")
+        if self.schedule == "zero_bubble" and model.config.architecture == "encoder-decoder":
+            raise ValueError('zero_bubble can\'t run an encoder-decoder, which has two streams; take "interleaved_1f1b"')
+        if hasattr(config.objective, "evaluate"):
+            raise ValueError(f"objective {config.objective._plugin_name} decodes as it evaluates, which stages can't")
+
+    def apply(self, parts: list[nn.Module], layout: Layout) -> list[nn.Module]:
+        (model,) = parts
+        if type(model) is not Transformer:
+            raise UserError(f"parallel.pipeline: a {type(model).__name__} can't be cut in stages; take data parallelism.")
+        p, rank = self.degree, layout.rank("pipeline")
+        ranges = share_out(*cost.batch_flops(model.config, layout.example), p * self.stages_per_rank)
+        stages = [list(map(str, blocks)) for blocks in ranges]
+        layout.has_head = rank == p - 1  # stage s is on rank s % p, so the last one is on the last rank
+        mine = [cut(model, stages, s) for s in range(rank, len(stages), p)]
+
+        # Embeddings that are also the output projection, and the biases of relative positions, are on several stages.
+        holders: dict[str, list[int]] = {}
+        for s in range(len(stages)):
+            for name, _ in cut(model, stages, s).named_parameters():
+                holders.setdefault(name, []).append(s % p)
+        for name, ranks in holders.items():
+            if len(ranks) > 1:
+                group = self.group(layout, tuple(sorted(set(ranks))))
+                if rank in ranks:
+                    layout.shared[name] = Shared(group, counts=rank == min(ranks))
+        return mine
+
+    def group(self, layout: Layout, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """The group of these ranks of each pipeline, in which this rank is; None for one rank alone."""
+        mine = None
+        if len(ranks) > 1:
+            for line in layout.mesh.mesh.flatten(1).T.tolist():  # the ranks of a pipeline
+                group = dist.new_group([line[r] for r in ranks])
+                mine = group if layout.world.rank in line else mine
+        return mine
+
+    def engine(self, parts: list[nn.Module], layout: Layout, loss: Callable, micro: int) -> Engine:
+        return Engine(self, parts, layout, loss, micro)
+
+
+class Stage(Transformer):
+    """A part of a Transformer: takes the streams of the stage before, gives its own, the last one its sums of losses."""
+
+    def forward(self, *state: Tensor, **batch) -> tuple[Tensor, ...] | Tensor:
+        with self.autocast():
+            result = super().forward(state=state or None, loss=self.loss, **batch)
+        if self.head is None:
+            return result
+        self.keys = list(result)
+        return torch.stack([part.float() for part in result.values()])
+
+
+def cut(model: Transformer, stages: list[list[str]], s: int) -> Stage:
+    """The stage of the model that has stages[s] of its blocks, under their names."""
+    part = copy.copy(model)
+    part.__class__, part._modules = Stage, dict(model._modules)
+    part.blocks = nn.ModuleDict({name: model.blocks[name] for name in stages[s]})
+    kinds = {"decoder_bias" if hasattr(block, "cross") else "bias" for block in part.blocks.values()}
+    part.relative = nn.ModuleDict({k: copy.deepcopy(bias) for k, bias in model.relative.items() if k in kinds})
+    is_first, is_last = s == 0, s == len(stages) - 1
+    part.embed = model.embed if is_first else None
+    part.head = model.head if is_last else None
+    if is_last and not is_first and model.config.tie_embeddings and model.head.proj is not None:
+        # A copy under the embedding's name, so that checkpoints and optimizers know it for the same.
+        part.embed = nn.Module()
+        part.embed.tokens = copy.deepcopy(model.embed.tokens)
+        part.head = copy.copy(model.head)
+        part.head._modules = {**model.head._modules, "proj": copy.copy(model.head.proj)}
+        part.head.proj._parameters = {**model.head.proj._parameters, "weight": part.embed.tokens.weight}
+    return part
+
+
+def share_out(blocks: list[float], head: float, n_stages: int) -> list[range]:
+    """The blocks in `n_stages` runs, so that the costliest run, the head with the last, costs least."""
+
+    @cache
+    def best(first: int, left: int) -> tuple[float, tuple[int, ...]]:
+        """(cost of the costliest, ends) of the blocks from `first` on, in `left` runs."""
+        if left == 1:
+            return sum(blocks[first:]) + head, (len(blocks),)
+        choices = []
+        for end in range(first + 1, len(blocks) - left + 2):
+            rest, ends = best(end, left - 1)
+            choices.append((max(sum(blocks[first:end]), rest), (end, *ends)))
+        return min(choices)
+
+    ends = best(0, n_stages)[1]
+    return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+
+
+class Engine:
+    """Runs batches through the stages, by the schedule."""
+
+    def __init__(self, options: Pipeline, parts: list[nn.Module], layout: Layout, loss: Callable, micro: int):
+        self.layout, self.rows, self.group = layout, micro * options.microbatches, layout.mesh.get_group("pipeline")
+        self.n, self.last = options.microbatches, parts[-1]
+        self.keys: dict[bool, list[str]] = {}
+        for part in parts:
+            part.autocast, part.loss = layout.autocast, loss
+        n_stages, device = options.degree * options.stages_per_rank, layout.example["tokens"].device
+        # The streams between stages: all have their shape and precision told, so that no trial run is needed.
+        lengths = [layout.example[key].shape[1] for key in ("tokens", "decoder_tokens") if key in layout.example]
+        shapes = [(micro, T // layout.sequence_shards, parts[0].config.d_model) for T in lengths]
+        streams = tuple(torch.empty(s, device=device, requires_grad=True) for s in shapes)
+        sums = torch.empty(1, device=device, requires_grad=True)
+        stages = []
+        for i, part in enumerate(parts):
+            s = layout.rank("pipeline") + i * options.degree
+            is_last = s == n_stages - 1
+            stages.append(
+                PipelineStage(
+                    part, s, n_stages, device, input_args=streams if s else (), output_args=sums if is_last else streams,
+                    group=self.group,
+                )
+            )  # fmt: skip
+        # scale_grads would divide the gradient of a tied weight twice.
+        schedule = get_schedule_class(SCHEDULES[options.schedule])
+        several = options.schedule in SEVERAL_STAGES
+        self.schedule = schedule(stages if several else stages[0], self.n, loss_fn=self.loss_of, scale_grads=False)
+
+    def forward_backward(self, batch: dict[str, Tensor], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As nanopre.parallel.Accumulation: the sums, 0 where the last stage is not; gradients are this stage's."""
+        self.totals, self.sums = totals, 0.0
+        for first in range(0, len(batch["tokens"]), self.rows):
+            self.run(self.schedule.step, {key: t[first : first + self.rows] for key, t in batch.items()})
+        return self.named()
+
+    def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.totals, self.sums = None, 0.0
+        self.run(self.schedule.eval, batch)
+        return self.named()
+
+    def run(self, step: Callable, batch: dict[str, Tensor]) -> None:
+        options = {} if self.totals is None else {"return_outputs": False}
+        step(target=torch.zeros(self.n, device=batch["tokens"].device), **options, **batch)
+
+    def loss_of(self, sums: Tensor, _) -> Tensor:
+        """The loss of a micro-batch from the last stage's sums, which are noted."""
+        self.sums = self.sums + sums.detach()
+        if self.totals is None:
+            return sums.sum()
+        return normalised(dict(zip(self.last.keys, sums.unbind(), strict=True)), self.totals)
+
+    def named(self) -> dict[str, Tensor | float]:
+        """The sums by name. The last stage alone knows the names: it tells the others, once for each kind of pass."""
+        training = torch.is_grad_enabled()
+        if training not in self.keys:
+            told = [self.last.keys if self.layout.has_head else None]
+            dist.broadcast_object_list(told, group=self.group, group_src=self.layout.sizes["pipeline"] - 1)
+            self.keys[training] = told[0]
+        values = self.sums.unbind() if self.layout.has_head else [0.0] * len(self.keys[training])
+        return dict(zip(self.keys[training], values, strict=True))
+
+
+@hookimpl
+def nanopre_parallel(register):
+    register("pipeline", Pipeline)

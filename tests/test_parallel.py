@@ -1,0 +1,156 @@
+"""Layouts that are planned, those that are refused, and what the strategies make of a model. That they all compute the same
+is proved in test_layouts.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from nanopre import UserError, config as configs, optim, parallel
+from nanopre.distributed import World
+from nanopre.plugins import load_plugins
+
+PLUGINS = load_plugins()
+
+
+def plan(ranks: int, **table) -> parallel.Layout:
+    table = {"model": {"name": "llama", "n_layers": 4, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64}, **table}
+    config, plugins = configs.from_dict(table, "test")
+    return parallel.plan(config, plugins, World(0, 0, ranks, torch.device("cpu")))
+
+
+def refusal(ranks: int, **table) -> str:
+    with pytest.raises(UserError) as error:
+        plan(ranks, **table)
+    return str(error.value)
+
+
+# How ranks and batch are shared out.
+
+
+@pytest.mark.parametrize(
+    "ranks, strategies, sizes, order",
+    [
+        (1, {}, (1, 1, 1, 1), []),
+        (1, {"ddp": {}}, (1, 1, 1, 1), []),
+        (2, {}, (1, 2, 1, 1), ["ddp"]),
+        (4, {"fsdp": {}}, (1, 1, 4, 1), ["fsdp"]),
+        (4, {"fsdp": {"degree": 2}}, (1, 2, 2, 1), ["fsdp"]),
+        (8, {"fsdp": {}, "tensor": {}, "pipeline": {}}, (2, 1, 2, 2), ["pipeline", "tensor", "fsdp"]),
+        (16, {"tensor": {}, "pipeline": {"degree": 4}}, (4, 2, 1, 2), ["pipeline", "tensor", "ddp"]),
+        (4, {"tensor": {}, "pipeline": {}, "fsdp": {}}, (2, 1, 1, 2), ["pipeline", "tensor"]),
+    ],
+)
+def test_data_parallelism_takes_the_ranks_that_are_left(ranks, strategies, sizes, order):
+    layout = plan(ranks, parallel=strategies)
+    assert tuple(layout.sizes[name] for name in parallel.DIMENSIONS) == sizes
+    assert list(layout.strategies) == order
+
+
+@pytest.mark.parametrize(
+    "ranks, strategies, message",
+    [
+        (3, {"tensor": {}}, "parallel: tensor 2 does not divide 3 processes; take 2 or 4 processes "
+         "(torchrun --nproc-per-node=4)."),
+        (2, {"tensor": {}, "pipeline": {}}, "parallel: pipeline 2 x tensor 2 does not divide 2 processes; take 4 processes "
+         "(torchrun --nproc-per-node=4)."),
+        (1, {"tensor": {}}, "parallel: tensor 2 does not divide 1 process; take 2 processes (torchrun --nproc-per-node=2)."),
+        (2, {"ddp": {}, "fsdp": {}}, "parallel.fsdp: parallel.ddp is the same kind of strategy; leave one of the two out."),
+        (4, {"fsdp": {"degree": 3}}, "parallel.fsdp.degree = 3 does not divide the 4 data-parallel ranks; take 2."),
+        (4, {"tensor": {"degree": 4}},
+         "parallel.tensor: degree = 4 does not divide n_kv_heads = 2; take 2, or n_kv_heads = 4."),
+        (8, {"pipeline": {"degree": 8}},
+         "parallel.pipeline: 8 stages are more than the model's 4 blocks; take a degree of at most 4."),
+        (4, {"pipeline": {"degree": 4, "schedule": "interleaved_1f1b"}},
+         "parallel.pipeline: 8 stages are more than the model's 4 blocks; take a degree of at most 2."),
+        (4, {"pipeline": {"degree": 4, "microbatches": 2}},
+         "parallel.pipeline: 1f1b needs at least as many microbatches as ranks; take 4."),
+    ],
+)  # fmt: skip
+def test_impossible_layouts_are_refused_with_a_possible_one(ranks, strategies, message):
+    assert refusal(ranks, parallel=strategies, train={"batch_size": 48}) == message
+
+
+@pytest.mark.parametrize(
+    "batch, micro, ranks, strategies, sentence",
+    [
+        (12, 0, 1, {}, None),
+        (12, 3, 4, {}, None),
+        (12, 0, 5, {}, "train.batch_size = 12 is not divisible by 5 data-parallel ranks; take 10 or 15."),
+        (12, 5, 1, {}, "train.batch_size = 12 is not divisible by micro_batch_size = 5; take 10 or 15."),
+        (12, 4, 2, {}, "train.batch_size = 12 is not divisible by 2 data-parallel ranks x micro_batch_size = 4; take 8 or 16."),
+        (3, 0, 4, {}, "train.batch_size = 3 is not divisible by 4 data-parallel ranks; take 4."),
+        (12, 0, 2, {"pipeline": {}},
+         "train.batch_size = 12 is not divisible by parallel.pipeline.microbatches = 8; take 8 or 16."),
+        (12, 0, 2, {"tensor": {}}, None),
+    ],
+)  # fmt: skip
+def test_a_batch_that_can_not_be_shared_out_is_refused(batch, micro, ranks, strategies, sentence):
+    table = {"train": {"batch_size": batch, "micro_batch_size": micro}, "parallel": strategies}
+    if sentence is None:
+        plan(ranks, **table)
+    else:
+        assert refusal(ranks, **table) == sentence
+
+
+@given(batch=st.integers(1, 99), micro=st.integers(0, 9), ranks=st.integers(1, 9))
+@settings(deadline=None, max_examples=30)
+def test_what_is_proposed_for_a_batch_is_right(batch, micro, ranks):
+    unit = ranks * (micro or 1)
+    try:
+        plan(ranks, train={"batch_size": batch, "micro_batch_size": micro})
+        assert batch % unit == 0
+    except UserError as error:
+        proposed = [int(n) for n in str(error).split("take ")[1].rstrip(".").split(" or ")]
+        assert batch % unit and all(n % unit == 0 and 0 < n and abs(n - batch) < unit for n in proposed)
+
+
+# The norm.
+
+
+def test_clipping_scales_the_whole_gradient_and_reports_its_norm():
+    layout, model = plan(1), torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    n = sum(p.numel() for p in model.parameters())
+    assert parallel.clip_gradients(layout, [model], 1.0).item() == pytest.approx(2 * math.sqrt(n), rel=1e-5)
+    assert math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters())) == pytest.approx(1.0, rel=1e-4)
+    assert parallel.clip_gradients(layout, [model], 0.0).item() == pytest.approx(1.0, rel=1e-4)  # 0: never scaled
+    model[0].weight.grad[0, 0] = float("inf")
+    assert math.isinf(parallel.clip_gradients(layout, [model], 1.0).item())
+    assert model[0].bias.grad.abs().max() > 0  # left as they were
+
+
+# Stages.
+
+
+@given(costs=st.lists(st.integers(1, 9), min_size=1, max_size=9), head=st.integers(0, 30), n=st.integers(1, 9))
+def test_no_other_cut_into_stages_has_a_cheaper_costliest_stage(costs, head, n):
+    from itertools import combinations
+
+    if n > len(costs):
+        return
+    share_out = vars(__import__("sys").modules[PLUGINS.get("parallel", "pipeline", "test").__module__])["share_out"]
+
+    def costliest(cuts) -> int:
+        edges = (0, *cuts, len(costs))
+        sums = [sum(costs[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        return max(*sums[:-1], sums[-1] + head) if n > 1 else sums[0] + head
+
+    stages = share_out(costs, head, n)
+    assert [i for stage in stages for i in stage] == list(range(len(costs))) and all(len(stage) for stage in stages)
+    assert costliest([stage.start for stage in stages[1:]]) == min(map(costliest, combinations(range(1, len(costs)), n - 1)))
+
+
+def test_parameters_of_one_optimizer_group_lie_on_one_mesh():
+    """Fused and foreach kernels refuse tensors with and without a mesh together."""
+    table = {"model": {"name": "llama", "n_layers": 1, "d_model": 32, "n_heads": 2, "d_ff": 48}}
+    config, _ = configs.from_dict(table, "test")
+    model = config.model.build(64, 16)
+    model.blocks["0"].attn.q.weight.device_mesh = "another"
+    groups = [group["params"] for optimizer in optim.build(config.optimizer, model) for group in optimizer.param_groups]
+    assert sorted(len({getattr(p, "device_mesh", None) for p in group}) for group in groups) == [1] * len(groups)
+    assert sum(map(len, groups)) == len(list(model.parameters())) and len(groups) == 3
