@@ -24,7 +24,7 @@ class Ranks:
         self.context.set_forkserver_preload(["preloaded"])
         self.workers: list = []
 
-    def run(self, n: int, function, *arguments) -> list:
+    def run(self, n: int, function, *arguments, **options) -> list:
         """Each rank's (result, output, error): error is None or the text of its exception."""
         while len(self.workers) < n:
             self.workers.append(self._start())
@@ -34,7 +34,7 @@ class Ranks:
         for rank in range(n):
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
-            self.workers[rank][1].put(({key: str(value) for key, value in environment.items()}, function, arguments))
+            self.workers[rank][1].put(({key: str(value) for key, value in environment.items()}, function, arguments, options))
         try:
             return [self.workers[rank][2].get(timeout=TIMEOUT) for rank in range(n)]
         except queue.Empty:
@@ -61,13 +61,13 @@ def serve(inbox, outbox) -> None:
 
     torch.set_num_threads(1)
     while True:
-        environment, function, arguments = inbox.get()
+        environment, function, arguments, options = inbox.get()
         os.environ.update(environment)
         output = io.StringIO()
         result = error = None
         with redirect_stdout(output), redirect_stderr(output):
             try:
-                result = function(*arguments)
+                result = function(*arguments, **options)
             except BaseException:
-                error = traceback.format_exc()
+                error = output.getvalue() + traceback.format_exc()
         outbox.put((result, output.getvalue(), error))

@@ -43,9 +43,10 @@ class TensorParallel:
         at_least(self, degree=1)
 
     def check(self, config, layout: Layout, model: Transformer) -> None:
-        """Raises ValueError for heads or widths that the degree does not divide."""
+        """Raises ValueError for heads that the degree does not divide. The MLP's width and the vocabulary may go to the
+        ranks in uneven parts."""
         c, n = model.config, self.degree
-        for name in ("n_heads", "n_kv_heads", "d_ff", "vocab_size"):
+        for name in ("n_heads", "n_kv_heads"):
             if (value := getattr(c, name)) % n:
                 fitting = max(d for d in range(1, n) if value % d == 0)
                 up = -(-value // n) * n
@@ -81,8 +82,7 @@ class TensorParallel:
         if part.head is not None:
             part.head.linear_cross_entropy = VocabularyParallel(mesh)
         if part.embed is not None and hasattr(part.embed, "dropout"):
-            # The sum over ranks is a tensor that waits for itself; a compiled block that gets it as it is loses its gradient.
-            part.embed.tokens.register_forward_hook(lambda module, inputs, h: h.clone())
+            part.embed.tokens.register_forward_hook(settle)
         if self.sequence_parallel:
             if part.embed is not None:
                 part.embed.register_forward_hook(
@@ -99,8 +99,8 @@ class TensorParallel:
         stream = Shard(1) if self.sequence_parallel else Replicate()  # between layers
         in_block = name.startswith("blocks.")
         match SPLITS.get(kind):
-            case "column":
-                return ColwiseParallel()
+            case "column":  # in uneven parts, which a local tensor does not tell, the result stays a DTensor until "row"
+                return ColwiseParallel(use_local_output=module.weight.shape[0] % self.degree == 0)
             case "row":
                 return RowwiseParallel(output_layouts=stream)
             case "vocab" if isinstance(module, nn.Embedding):
@@ -127,6 +127,12 @@ def split_weight(module: nn.Module) -> bool:
     return isinstance(module.weight, DTensor) and not module.weight.placements[0].is_replicate()
 
 
+def settle(module: nn.Module, inputs: tuple, h: Tensor) -> Tensor:
+    """The sum over ranks is a tensor that waits for itself when it is used; where the first to use it is a compiled block
+    under FSDP, the embedding's gradient would be 0, without an error. So it is used here."""
+    return h.clone()
+
+
 def redistribute(h: Tensor, mesh: DeviceMesh, have, want) -> Tensor:
     return DTensor.from_local(h, mesh, [have], run_check=False).redistribute(placements=[want]).to_local()
 
@@ -136,11 +142,12 @@ class VocabularyParallel:
     logits never leave their rank; per target, three numbers are shared."""
 
     def __init__(self, mesh: DeviceMesh):
-        self.group, self.rank = mesh.get_group(), mesh.get_local_rank()
+        self.group, self.rank, self.n = mesh.get_group(), mesh.get_local_rank(), mesh.size()
 
     def __call__(self, h: Tensor, weight: DTensor, bias: DTensor | None, targets: Tensor, count_correct: bool):
+        first = self.rank * -(-weight.shape[0] // self.n)  # each rank but the last has as many rows
         weight, bias = weight.to_local(), None if bias is None else bias.to_local()
-        return _Function.apply(h, weight, bias, targets, self.rank * weight.shape[0], self.group)
+        return _Function.apply(h, weight, bias, targets, first, self.group)
 
 
 class _Function(torch.autograd.Function):
