@@ -21,6 +21,7 @@ from nanopre.config import Config
 from nanopre.distributed import World
 from nanopre.hookspecs import PHASES
 from nanopre.machine import Machine
+from nanopre.model import Transformer
 from nanopre.plugins import Registry
 
 DIMENSIONS = ("pipeline", "replicate", "shard", "tensor")
@@ -163,8 +164,13 @@ def apply(layout: Layout, model: nn.Module, here: Machine, loss: Callable, confi
     """(parts, engine): the parts of the model that are this rank's, one or, where a pipeline gives a rank several stages,
     more, and what runs a batch through them. Their parameters keep the whole model's names.
 
-    loss: the objective's. example: a row of the batches to come.
+    loss: the objective's. example: a row of the batches to come. Raises UserError for a model that can't be split.
     """
+    for name, strategy in layout.strategies.items():
+        if strategy.phase in ("pipeline", "tensor") and type(model) is not Transformer:
+            objective = config.objective._plugin_name
+            problem = f"objective {objective} has more than one model, which can't be split"
+            raise UserError(f"parallel.{name}: {problem}; leave it out.")
     share = config.train.batch_size // layout.data_size  # rows of the global batch on this rank,
     micro = config.train.micro_batch_size or share // _microbatches(layout)  # of which so many go through the model at once
     layout.autocast, layout.example = here.autocast, example

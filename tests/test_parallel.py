@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import run_script
 from hypothesis import given, settings, strategies as st
 
 from nanopre import UserError, config as configs, optim, parallel
@@ -154,3 +155,29 @@ def test_parameters_of_one_optimizer_group_lie_on_one_mesh():
     groups = [group["params"] for optimizer in optim.build(config.optimizer, model) for group in optimizer.param_groups]
     assert sorted(len({getattr(p, "device_mesh", None) for p in group}) for group in groups) == [1] * len(groups)
     assert sum(map(len, groups)) == len(list(model.parameters())) and len(groups) == 3
+
+
+# What a user sees.
+
+
+def test_an_objective_of_two_models_can_not_be_split(tiny):
+    flags = ["--objective.name=electra", "--model.name=bert", "--model.n_layers=2", "--model.d_ff=64"]
+    result = run_script("train.py", *tiny, *flags, "--parallel.tensor={}", processes=2)
+    assert result.returncode != 0
+    sentence = "parallel.tensor: objective electra has more than one model, which can't be split; leave it out."
+    assert result.stderr.count(sentence) == 1
+
+
+def test_the_layout_is_told_and_saved_with_the_run(tiny, tmp_path):
+    flags = ["--model.n_kv_heads=2", "--parallel.tensor.sequence_parallel=true"]
+    flags += ["--parallel.pipeline.microbatches=2", "--train.batch_size=4"]
+    result = run_script("train.py", *tiny, *flags, "--train.samples=1", processes=4)
+    assert result.returncode == 0, result.stderr
+    assert "4 processes = pipeline 2 x tensor 2 (pipeline, tensor)" in result.stdout
+    assert "--- sample 1 ---" in result.stdout  # from the checkpoint: no rank has the whole model
+    shown = run_script("sample.py", tmp_path / "runs" / "tiny", "--tokens=5")
+    assert shown.returncode == 0, shown.stderr
+    saved = configs.load(tmp_path / "runs" / "tiny" / "config.toml")[0]
+    assert saved.parallel["tensor"].sequence_parallel and saved.parallel["pipeline"].microbatches == 2
+    noise = [line for line in result.stderr.splitlines() if "torch.distributed.run" not in line and line.strip()]
+    assert not noise, noise

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanopre import hookimpl
 from nanopre.config import at_least, below_one
@@ -67,10 +68,18 @@ class MuonOptimizer(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         gradients, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        updates = orthogonalise(torch.stack(torch._foreach_lerp(gradients, buffers, momentum)))
+        directions = torch._foreach_lerp(gradients, buffers, momentum)
+        # The iteration needs whole matrices: where ranks hold parts, each gathers all and keeps its part of the update.
+        whole = [d.full_tensor() if isinstance(d, DTensor) else d for d in directions]
+        updates = list(orthogonalise(torch.stack(whole)).to(params[0].dtype).unbind())
+        if isinstance(params[0], DTensor):
+            updates = [
+                distribute_tensor(u, p.device_mesh, p.placements, src_data_rank=None)
+                for u, p in zip(updates, params, strict=True)
+            ]
         scale = 0.2 * max(params[0].shape) ** 0.5
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, list(updates.to(params[0].dtype).unbind()), alpha=-lr * scale)
+        torch._foreach_add_(params, updates, alpha=-lr * scale)
 
 
 def orthogonalise(g: Tensor) -> Tensor:

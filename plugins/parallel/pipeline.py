@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 
-from nanopre import UserError, cost, hookimpl
+from nanopre import cost, hookimpl
 from nanopre.config import at_least
 from nanopre.model import Transformer
 from nanopre.parallel import Layout, Shared, normalised
@@ -69,8 +69,6 @@ class Pipeline:
 
     def apply(self, parts: list[nn.Module], layout: Layout) -> list[nn.Module]:
         (model,) = parts
-        if type(model) is not Transformer:
-            raise UserError(f"parallel.pipeline: a {type(model).__name__} can't be cut in stages; take data parallelism.")
         p, rank = self.degree, layout.rank("pipeline")
         ranges = share_out(*cost.batch_flops(model.config, layout.example), p * self.stages_per_rank)
         stages = [list(map(str, blocks)) for blocks in ranges]

@@ -66,8 +66,6 @@ class TensorParallel:
                     needs = f"sequence_parallel needs {key} of a length that {self.degree} divides"
                     raise UserError(f"parallel.tensor: {needs}, and the objective makes {T}; leave sequence_parallel out.")
         for part in parts:
-            if type(part).__init__ is not Transformer.__init__:
-                raise UserError(f"parallel.tensor: a {type(part).__name__} can't be split; take data parallelism.")
             self.split(part, mesh)
         return parts
 
