@@ -60,8 +60,14 @@ def serve(inbox, outbox) -> None:
     import torch
 
     torch.set_num_threads(1)
+    parent = os.getppid()
     while True:
-        environment, function, arguments, options = inbox.get()
+        try:
+            environment, function, arguments, options = inbox.get(timeout=5)
+        except queue.Empty:
+            if os.getppid() != parent:  # the tests were killed: no process is left behind
+                return
+            continue
         os.environ.update(environment)
         output = io.StringIO()
         result = error = None

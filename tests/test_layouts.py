@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import schedules
 from torch.distributed.tensor import DTensor
 
-from nanopre import config as configs, parallel as core
+from nanopre import checkpoint, config as configs, parallel as core
 
 TINY = {"n_layers": 4, "d_model": 32, "n_heads": 4, "d_ff": 64}
 MODELS = {
@@ -63,7 +63,8 @@ LAYOUTS = {
 def run(folder: str, cache: str, model: dict, objective: dict, parallel: dict, micro: int, **options) -> None:
     """One rank of a training run; each rank's gradients of the first step are left in the folder, by name.
 
-    options: `train` has more keys of that section; `optimizer` names one; `without` names a cure to go without.
+    options: `train` has more keys of that section; `optimizer` names one; `resume` names a
+    checkpoint of the run in the folder to go on from; `without` names a cure to go without.
     """
     import train
 
@@ -93,6 +94,7 @@ def run(folder: str, cache: str, model: dict, objective: dict, parallel: dict, m
             "device": "cpu", "eval_interval": 5, "eval_tokens": 1024, **options.get("train", {}),
         },
         "parallel": parallel,
+        "checkpoint": {"interval": 3, "keep_last": 99},
         "loggers": {"jsonl": {}},
     }  # fmt: skip
     config, plugins = configs.from_dict(table, "test")
@@ -102,7 +104,11 @@ def run(folder: str, cache: str, model: dict, objective: dict, parallel: dict, m
         patches.enter_context(mock.patch.object(torch.nn.Module, "compile", compile_eagerly))
         if "without" in options:
             patches.enter_context(CURES[options["without"]](plugins))
-        train.train(config, plugins)
+        if "resume" in options:
+            run_dir = Path(folder) / "run"
+            train.train(config, plugins, run_dir, run_dir / "checkpoints" / options["resume"])
+        else:
+            train.train(config, plugins)
     torch.save(recorded, Path(folder) / f"gradients-{os.environ['RANK']}.pt")
 
 
@@ -148,6 +154,37 @@ def test_no_cure_can_be_left_out(cure, name, layout, deviation):
     """Without each of these the gradients or their norm are others, without an error; the comparison sees it."""
     train = {"compile": "on"} if "compiled" in cure else {}
     assert max(deviation(name, *LAYOUTS[layout], without=cure, train=train)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name, optimizer, layouts",
+    [
+        ("gpt2", "adamw", ["data 2 x tensor 2", None, "1f1b 2"]),
+        ("llama", "adamw", ["fsdp 2 x pipeline 2, accumulation", "tensor 2, sequence parallel", "fsdp 2"]),
+        ("bert", "adamw", ["interleaved 2", "fsdp 2 x tensor 2", None]),
+        ("t5", "adamw", [None, "tensor 2 x pipeline 2", "ddp 2"]),
+        ("gpt2", "muon", ["fsdp 2 x tensor 2", "interleaved 2", None]),
+    ],
+)
+def test_a_checkpoint_goes_on_in_any_other_layout(name, optimizer, layouts, ranks, single, text):
+    """Steps 1 to 3 in one layout, 4 to 6 in a second, the rest in a third: as if one process had never stopped."""
+    lines, _ = single(name, optimizer)
+    folder = Path(tempfile.mkdtemp(dir=text))
+    for start, layout in zip((0, 3, 6), layouts, strict=True):
+        n, parallel, micro = LAYOUTS[layout] if layout else (1, {}, 0)
+        options = {"resume": f"step_{start:08d}"} if start else {}
+        options |= {"optimizer": optimizer}
+        results = ranks.run(n, run, str(folder), str(text / "cache"), *ALL[name], parallel, micro, **options)
+        for _, _, error in results:
+            assert error is None, error
+        theirs, _ = measured(folder)  # all the layouts' lines
+        theirs = theirs[-len([line for line in lines if line["step"] > start]) :]
+        for ours, other in zip(lines[-len(theirs) :], theirs, strict=True):
+            for key in ("loss", "grad_norm", "val_loss"):
+                if key in ours:
+                    assert other[key] == pytest.approx(ours[key], rel=2e-5 if optimizer == "adamw" else 1e-4), (layout, ours["step"])
+    opened = checkpoint.open_run(folder / "run")
+    assert opened.info["step"] == 10
 
 
 @pytest.mark.parametrize("layout", ["fsdp 2", "tensor 2 x pipeline 2", "fsdp 2 x tensor 2"])
