@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 import platform
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +88,10 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
     """Run the config from its first step, or from the checkpoint `resume_from` of the run in `run_dir`."""
     c, objective = config.train, config.objective
     here = machine.choose(c)
-    with distributed.start(here.device) as world:
+    with distributed.start(here.device, c.timeout) as world:
         is_first = world.rank == 0
+        if earlier := world.remembered_run():  # torchrun has restarted the processes: go on where the last ones were
+            run_dir, resume_from = checkpoint.locate(earlier)
         layout = parallel.plan(config, plugins, world)
 
         # The corpus, tokenised at first use by one process, or examples for an objective that names their columns; a
@@ -96,6 +100,13 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         prepare = prepare_examples if hasattr(objective, "columns") else corpora.prepare
         corpus = world.first("corpus", lambda: prepare(config, plugins, tokenizer, progress=is_first))
         tokenizer = corpus.tokenizer
+        world.check_same({
+            "corpus": corpus.fingerprint,
+            "config": configs.to_dict(config),
+            "plugins": plugins.versions(),
+            "code": code_version(),
+            "torch": torch.__version__,
+        })  # fmt: skip
         # What can't be used is refused before anything is trained.
         for split in (corpus.train, corpus.val):
             if split.n_tokens:
@@ -145,6 +156,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
             if is_first:
                 checkpoint.create_run(run_dir, config, tokenizer)
         world.barrier()
+        world.remember_run(run_dir)
 
         share = c.batch_size // layout.data_size  # rows of the global batch on this rank
         peak_flops = cost.peak_flops(here.device, here.precision)
@@ -179,19 +191,14 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
         def save(step: int, is_best: bool) -> None:
             info = {
                 "best_val_loss": best_val_loss if best_val_loss < math.inf else None,
-                "progress": progress,
+                "progress": dict(progress),
                 "corpus": corpus.fingerprint,
                 "config": configs.to_dict(config),
                 "plugins": plugins.versions(),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
                 "git_commit": git_commit(),
             }
-            path = checkpoint.save(run_dir, step, parts, optimizers, info)
-            if is_first:
-                if is_best:
-                    checkpoint.point(run_dir, "best", path)
-                checkpoint.prune(run_dir, config.checkpoint.keep_last)
-            plugins.hook.nanopre_checkpoint_saved(run=run, step=step, path=path)
+            saver.save(step, parts, optimizers, info, is_best)
 
         for name, logger in config.loggers.items():
             plugins.register_instance(logger, name)
@@ -208,6 +215,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
             model=parts[0],
             objective=objective,
         )
+        saver = checkpoint.Saver(run_dir, config.checkpoint, partial(plugins.hook.nanopre_checkpoint_saved, run=run))
         if is_first:
             epochs = c.steps * c.batch_size / objective.rows_per_epoch(corpus.train, c.seq_len)
             print(f"{run_dir}: {n_parameters:,} parameters; {here.reason}; {layout}")
@@ -230,8 +238,10 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
                     norm = parallel.clip_gradients(layout, parts, c.grad_clip)
 
                     # One look at the numbers a step. They are the same on every rank, and so is what follows from them.
-                    seen = numbers(world.sum({**layout.own(sums), "stop": stop.asked}))
+                    seen = numbers(world.sum({**layout.own(sums), "stop": stop.asked, "written": saver.is_written()}))
                     stopping = seen.pop("stop") > 0
+                    if seen.pop("written") == world.size:
+                        saver.finish()
                     metrics = objective.report(seen, numbers(totals))
                     norm = norm.item()
                     if math.isfinite(metrics["loss"]) and math.isfinite(norm):
@@ -273,6 +283,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
                     if due or last or is_best:
                         save(done, is_best)
                     if last:
+                        saver.finish()
                         break
             status = "finished" if done == c.steps else "interrupted"
         finally:
@@ -311,6 +322,12 @@ def diverged(run_dir: Path, step: int, skipped: int) -> str:
         f"{run_dir}: the loss or its gradient was not finite in {skipped} steps in a row, up to step {step + 1}; "
         f"lower optimizer.lr or raise schedule.warmup_steps ({rest})."
     )
+
+
+def code_version() -> str:
+    """The start of the hash of the code that runs: this file's and nanopre/'s."""
+    files = [Path(__file__), *sorted((HERE / "nanopre").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def git_commit() -> str:

@@ -16,8 +16,11 @@ import pickle
 import shutil
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -104,29 +107,113 @@ def _checksum(file: Path) -> dict[str, int]:
 def save(run_dir: Path, step: int, parts: Sequence[nn.Module], optimizers: Sequence, info: dict) -> Path:
     """Write checkpoints/step_<step> and point `latest` at it. Called on every rank, with the parts of the model that are
     there. Returns the folder."""
+    return begin(run_dir, step, parts, optimizers, info).finish()
+
+
+def begin(
+    run_dir: Path, step: int, parts: Sequence[nn.Module], optimizers: Sequence, info: dict, background: bool = False
+) -> Saving:
+    """Write a checkpoint's files under a temporary name; `finish` gives it its own. In the background, files are written
+    from a copy while training goes on."""
     folder = Path(run_dir) / "checkpoints"
-    final, temporary = folder / f"step_{step:08d}", folder / f"step_{step:08d}.tmp"
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    try:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+    saving = Saving(Path(run_dir), step, info, folder / f"step_{step:08d}", folder / f"step_{step:08d}.tmp")
+    with saving.errors():
+        if saving.is_first:
+            shutil.rmtree(saving.temporary, ignore_errors=True)
+            saving.temporary.mkdir(parents=True)
         _barrier()
         weights, states = state_of(parts, optimizers)
-        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        state, options = {"model": weights, "optimizer": states}, {"no_dist": not dist.is_initialized()}
+        if background:
+            options["process_group"] = _background_group(dist.group.WORLD) if dist.is_initialized() else None
+            saving.future = dcp.async_save(state, checkpoint_id=saving.temporary, **options)
+        else:
+            dcp.save(state, checkpoint_id=saving.temporary, **options)
+    return saving
+
+
+@cache
+def _background_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All ranks again: what the background thread sends must not meet what the training sends."""
+    return dist.new_group(backend="gloo")
+
+
+@dataclass
+class Saving:
+    """A checkpoint that is being written."""
+
+    run_dir: Path
+    step: int
+    info: dict
+    final: Path
+    temporary: Path
+    future: Future | None = None  # of the files, where they are written in the background
+
+    @property
+    def is_first(self) -> bool:
+        return not dist.is_initialized() or dist.get_rank() == 0
+
+    def is_written(self) -> bool:
+        return self.future is None or self.future.done()
+
+    def finish(self) -> Path:
+        """Wait for the files, and give the checkpoint its name. Called on every rank. Returns the folder."""
+        with self.errors():
+            if self.future:
+                self.future.result()
+            _barrier()
+            if self.is_first:
+                text = json.dumps({"step": self.step, **self.info, "files": checksums(self.temporary)}, indent=1)
+                (self.temporary / "info.json").write_text(text, encoding="utf-8")
+                _sync(self.temporary / "info.json", self.temporary)  # DCP has done so with its own files
+                shutil.rmtree(self.final, ignore_errors=True)  # of an earlier run from the same checkpoint
+                self.temporary.rename(self.final)
+                _sync(self.final.parent)
+                point(self.run_dir, "latest", self.final)
         _barrier()
-        if first:
-            text = json.dumps({"step": step, **info, "files": checksums(temporary)}, indent=1)
-            (temporary / "info.json").write_text(text, encoding="utf-8")
-            _sync(temporary / "info.json", temporary)  # DCP has done so with its own files
-            shutil.rmtree(final, ignore_errors=True)  # of an earlier run from the same checkpoint
-            temporary.rename(final)
-            _sync(folder)
-            point(run_dir, "latest", final)
-    except (OSError, dist.checkpoint.api.CheckpointException) as error:
-        raise UserError(f"{temporary}: can't be written ({_reason(error)}).") from error
-    _barrier()
-    return final
+        return self.final
+
+    @contextmanager
+    def errors(self):
+        try:
+            yield
+        except (OSError, dist.checkpoint.api.CheckpointException) as error:
+            raise UserError(f"{self.temporary}: can't be written ({_reason(error)}).") from error
+
+
+class Saver:
+    """Saves a run's checkpoints, one at a time, in the background if that is configured; removes old ones.
+
+    on_saved(step=..., path=...) is called when a checkpoint is whole and in place. All methods are called on every rank.
+    """
+
+    def __init__(self, run_dir: Path, options: configs.Checkpoint, on_saved: Callable):
+        self.run_dir, self.options, self.on_saved = run_dir, options, on_saved
+        self.saving: Saving | None = None
+        self.is_best = False
+
+    def save(self, step: int, parts: Sequence[nn.Module], optimizers: Sequence, info: dict, is_best: bool) -> None:
+        self.finish()
+        self.saving = begin(self.run_dir, step, parts, optimizers, info, self.options.async_save)
+        self.is_best = is_best
+        if not self.options.async_save:
+            self.finish()
+
+    def is_written(self) -> bool:
+        """Whether `finish` would give this rank nothing to wait for, and something to do."""
+        return self.saving is not None and self.saving.is_written()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and give it its name."""
+        if self.saving is None:
+            return
+        saving, self.saving = self.saving, None
+        path = saving.finish()
+        if saving.is_first:
+            if self.is_best:
+                point(self.run_dir, "best", path)
+            prune(self.run_dir, self.options.keep_last)
+        self.on_saved(step=saving.step, path=path)
 
 
 def point(run_dir: Path, name: str, checkpoint: Path) -> None:

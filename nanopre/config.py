@@ -94,12 +94,15 @@ class Train:
     device: str = "auto"  # cpu, cuda, mps
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; weights are always float32
     compile: Literal["auto", "on", "off"] = "auto"
+    timeout: float = 600.0  # seconds that one process waits for another
     max_skipped_steps: int = 10  # in a row, for a loss or gradient that is not finite, before the run stops
     samples: int = 2  # printed at the end
     prompt: str = ""  # that the samples continue; "": a new document
 
     def __post_init__(self):
         at_least(self, steps=1, batch_size=1, micro_batch_size=0, seq_len=1, grad_clip=0, eval_interval=1)
+        if not 0 < self.timeout < 1e8:
+            raise ValueError(f"timeout = {self.timeout} must be above 0 and finite")
         at_least(self, eval_tokens=0, log_interval=1, max_skipped_steps=0, samples=0)
 
 
@@ -108,6 +111,7 @@ class Checkpoint:
     interval: int = 500  # steps; 0: at the end only
     keep_last: int = 2  # checkpoints
     keep_best: bool = True  # besides, the one with the least validation loss
+    async_save: bool = False  # go on with training while files are written, from a copy of everything in the CPU's memory
 
     def __post_init__(self):
         at_least(self, interval=0, keep_last=1)

@@ -6,9 +6,11 @@ import hashlib
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,6 @@ from torch import nn
 from nanopre import UserError
 from nanopre.config import Config
 
-GROUP_TIMEOUT = timedelta(minutes=10)  # the only thing that notices a rank which was stopped, not killed
 PREPARE_TIMEOUT = timedelta(hours=24)  # how long the other ranks wait for one rank to tokenise a corpus
 
 
@@ -29,7 +30,8 @@ class World:
     local_rank: int
     size: int
     device: torch.device
-    store: dist.Store | None = None
+    store: dist.Store | None = None  # of this attempt,
+    job: dist.Store | None = None  # and of all attempts of a job that torchrun restarts
 
     def sum(self, values: dict[str, float | torch.Tensor]) -> dict[str, torch.Tensor]:
         """Each number's sum over the ranks, as scalars on the device, in one collective for all of them."""
@@ -67,6 +69,27 @@ class World:
             self.store.set(key, value)
         return self.store.get(key).decode()
 
+    def check_same(self, facts: dict) -> None:
+        """Raise UserError, on every rank, where a rank's facts, which may be tables of tables, differ from rank 0's."""
+        if self.size == 1:
+            return
+        everyone: list = [None] * self.size
+        dist.all_gather_object(everyone, facts)
+        for rank, theirs in enumerate(everyone):
+            if theirs != everyone[0]:
+                raise UserError(f"rank {rank} differs from rank 0: {difference(theirs, everyone[0])}.")
+
+    def remember_run(self, run_dir: Path) -> None:
+        """Note the run's folder, for the case that torchrun restarts its processes (--max-restarts)."""
+        if self.rank == 0 and self.job is not None:
+            self.job.set("run", str(run_dir))
+
+    def remembered_run(self) -> str | None:
+        """The folder that an earlier attempt of this job has noted, on the processes of a later one."""
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not self.job.check(["run"]):
+            return None
+        return self.job.get("run").decode()
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -76,18 +99,30 @@ class World:
         return self.store.add("said/" + hashlib.sha256(message.encode()).hexdigest(), 1) == 1
 
 
+def difference(a: object, b: object, name: str = "") -> str:
+    """The first thing in which two tables differ, in words."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        key = next(key for key in {**b, **a} if a.get(key) != b.get(key))
+        return difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+    return f"{name} is {a!r} instead of {b!r}"
+
+
 @contextmanager
-def start(device: torch.device):
-    """The World, with a process group where torchrun started several processes; the group ends with the block."""
+def start(device: torch.device, timeout: float = 600):
+    """The World, with a process group where torchrun started several processes; the group ends with the block.
+
+    timeout: seconds that a rank waits for another, which is all that notices a rank that hangs. A UserError is said once, and
+    so is the loss of ranks; both end the process with status 2.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield World(rank=0, local_rank=0, size=1, device=device)
         return
-    store, rank, size = next(dist.rendezvous("env://"))
+    job, rank, size = next(dist.rendezvous("env://"))
     # After torchrun restarts its workers the shared store still holds the last attempt's addresses: a prefix a try.
-    store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", job)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT)
-    world = World(rank, int(os.environ["LOCAL_RANK"]), size, device, store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    world = World(rank, int(os.environ["LOCAL_RANK"]), size, device, store, job)
     try:
         yield world
         dist.barrier()  # rank 0 may hold the store: it stays until the others are done with it
@@ -95,8 +130,31 @@ def start(device: torch.device):
         if world.claims(str(error)):
             print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST_PEER):
+            raise
+        missing = missing_ranks(world)
+        ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
+        if missing and world.claims("missing"):
+            print(f"{ranks} ended, or did not answer for {timeout:g} s (train.timeout): the run stops.", file=sys.stderr)
+        os._exit(2)  # the group can't be ended in order
     finally:
         dist.destroy_process_group()
+
+
+LOST_PEER = ("imed out", "closed by peer", "reset by peer", "Broken pipe", "Socket closed", "timeout")
+"""Of what gloo and NCCL say when another rank is gone or silent."""
+
+
+def missing_ranks(world: World) -> list[int]:
+    """The ranks that do not answer now. All that are there call this at about the same time, when one of them is missed."""
+    world.store.set(f"here/{world.rank}", "")
+    for _ in range(20):
+        time.sleep(0.25)
+        missing = [rank for rank in range(world.size) if not world.store.check([f"here/{rank}"])]
+        if not missing:
+            break
+    return missing
 
 
 class StopSignal:

@@ -179,10 +179,11 @@ def test_a_checkpoint_goes_on_in_any_other_layout(name, optimizer, layouts, rank
             assert error is None, error
         theirs, _ = measured(folder)  # all the layouts' lines
         theirs = theirs[-len([line for line in lines if line["step"] > start]) :]
+        tolerance = 2e-5 if optimizer == "adamw" else 1e-4
         for ours, other in zip(lines[-len(theirs) :], theirs, strict=True):
             for key in ("loss", "grad_norm", "val_loss"):
                 if key in ours:
-                    assert other[key] == pytest.approx(ours[key], rel=2e-5 if optimizer == "adamw" else 1e-4), (layout, ours["step"])
+                    assert other[key] == pytest.approx(ours[key], rel=tolerance), (layout, ours["step"])
     opened = checkpoint.open_run(folder / "run")
     assert opened.info["step"] == 10
 
