@@ -1,0 +1,239 @@
+"""What goes wrong with many processes: ranks that differ, hang or die, and saving that is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, read_log, run_script
+from ranks import Ranks
+
+from nanopre import checkpoint, config as configs, distributed
+
+
+def tiny_table(folder: str, **sections) -> dict:
+    table = {
+        "out_dir": f"{folder}/runs",
+        "name": "run",
+        "model": {"name": "llama", "n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 2, "d_ff": 48},
+        "data": {"corpus": f"{folder}/text.txt", "cache_dir": f"{folder}/cache", "val_fraction": 0.0},
+        "tokenizer": {"name": "bytes"},
+        "train": {"steps": 6, "batch_size": 4, "seq_len": 32, "samples": 0, "device": "cpu", "precision": "float32"},
+        "loggers": {"jsonl": {}},
+    }
+    for name, section in sections.items():
+        table[name] = {**table.get(name, {}), **section} if isinstance(section, dict) else section
+    return table
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "text.txt").write_text("A cat sat on a mat. " * 200)
+    return tmp_path
+
+
+# Ranks that differ.
+
+
+def run_with(folder: str, by_rank: list[dict]) -> None:
+    import train
+
+    sections = by_rank[int(os.environ["RANK"])]
+    train.train(*configs.from_dict(tiny_table(folder, **sections), "test"))
+
+
+@pytest.mark.parametrize(
+    "sections, sentence",
+    [
+        ({"seed": 5}, "rank 1 differs from rank 0: config.seed is 5 instead of 1337."),
+        ({"train": {"steps": 7}}, "rank 1 differs from rank 0: config.train.steps is 7 instead of 6."),
+    ],
+)
+def test_a_rank_that_differs_stops_the_run_at_its_start(sections, sentence, folder, ranks):
+    results = ranks.run(2, run_with, str(folder), [{}, sections])
+    assert all(error and "SystemExit: 2" in error for _, _, error in results)
+    assert "".join(output for _, output, _ in results).count(sentence) == 1
+    assert not (folder / "runs").exists()
+
+
+def test_the_first_difference_of_two_tables_is_named():
+    a, b = {"x": {"y": 1, "z": [2]}, "w": 1}, {"x": {"y": 1, "z": [3]}, "w": 2}
+    assert distributed.difference(a, b) == "x.z is [2] instead of [3]"
+    assert distributed.difference({"x": 1}, {}) == "x is 1 instead of None"
+
+
+# Saving in the background.
+
+
+def test_a_checkpoint_that_is_written_in_the_background_is_the_same(folder, ranks):
+    (folder / "other").mkdir()
+    (folder / "other" / "text.txt").write_bytes((folder / "text.txt").read_bytes())
+    options = {"parallel": {"fsdp": {}}, "checkpoint": {"interval": 2, "keep_last": 9}}
+    for name, background in ((".", False), ("other", True)):
+        sections = {**options, "checkpoint": {**options["checkpoint"], "async_save": background}}
+        for _, _, error in ranks.run(2, run_with, str(folder / name), [sections, sections]):
+            assert error is None, error
+    one, other = folder / "runs" / "run", folder / "other" / "runs" / "run"
+    assert [path.name for path in checkpoint.find(one)] == [path.name for path in checkpoint.find(other)]
+    assert len(checkpoint.find(one)) == 3 and checkpoint.pointed(other, "latest").name == "step_00000006"
+    for a, b in zip(checkpoint.find(one), checkpoint.find(other), strict=True):
+        ours, theirs = checkpoint.verify(a), checkpoint.verify(b)
+        assert ours["progress"]["tokens"] == theirs["progress"]["tokens"] == ours["step"] * 4 * 32
+        weights, theirs = checkpoint.open_run(a).model.state_dict(), checkpoint.open_run(b).model.state_dict()
+        assert all(torch.equal(weights[name], theirs[name]) for name in weights)
+
+
+# Ranks that die while they save.
+
+
+def save_for_ever(folder: str, rank: int, port: int, background: bool) -> None:
+    """Save a model of 16 MB again and again, its numbers those of the step."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.stderr = open(os.devnull, "w")  # the rank that survives complains
+    torch.set_num_threads(1)
+    with distributed.start(torch.device("cpu"), timeout=20):
+        part = torch.nn.Linear(2048, 2048, bias=False)
+        for step in range(1, 10**6):
+            torch.nn.init.constant_(part.weight, step)
+            saving = checkpoint.begin(Path(folder), step, [part], [], {}, background)
+            saving.finish()
+            if rank == 0:
+                checkpoint.prune(Path(folder), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True])
+def test_whenever_a_rank_is_killed_there_is_a_whole_checkpoint(tmp_path, background):
+    pool, draw, seen = Ranks(), random.Random(0), set()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.toml").touch()
+    for kill in range(12):
+        port = 20000 + random.Random(f"{tmp_path}{kill}").randrange(20000)
+        workers = [pool.context.Process(target=save_for_ever, args=(str(tmp_path), r, port, background)) for r in (0, 1)]
+        for worker in workers:
+            worker.start()
+        before = checkpoint.pointed(tmp_path, "latest")
+        deadline = time.monotonic() + 60
+        while checkpoint.pointed(tmp_path, "latest") in (None, before) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.3)
+        draw.choice(workers).kill()
+        time.sleep(0.05)
+        for worker in workers:
+            worker.kill()
+            worker.join()
+        _, latest = checkpoint.locate(tmp_path)
+        info = checkpoint.verify(latest)
+        part = torch.nn.Linear(2048, 2048, bias=False)
+        checkpoint.load(latest, [part])
+        assert (part.weight == info["step"]).all()  # not a mixture of two
+        seen.add(info["step"])
+        seen.update(["temporary"] if list(tmp_path.glob("checkpoints/*.tmp")) else [])
+    assert "temporary" in seen  # some were killed in the middle
+
+
+# Ranks that die or hang while they train.
+
+
+def launch(*arguments, processes: int = 2, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += options.pop("torchrun", [])
+    return subprocess.Popen(
+        [*command, "train.py", *map(str, arguments)], cwd=ROOT, env={**ENVIRONMENT, **options}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 90):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    if not found:
+        process.kill()
+        raise AssertionError(process.communicate()[1])
+    return found
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The ranks that torchrun has started, the last one last."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return sorted(int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def config_file(folder: Path, **sections) -> Path:
+    import tomli_w
+
+    (folder / "config.toml").write_text(tomli_w.dumps(tiny_table(str(folder), **sections)))
+    return folder / "config.toml"
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+
+
+@pytest.mark.slow
+@linux
+def test_torchrun_restarts_a_job_that_goes_on_where_it_was(folder):
+    sections = {"train": {"steps": 300}, "checkpoint": {"interval": 20}}
+    undisturbed = run_script("train.py", config_file(folder, **sections), "--name=whole", processes=2)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    process = launch(config_file(folder, **sections), torchrun=["--max-restarts=3"])
+    run = folder / "runs" / "run"
+    wait_for(lambda: checkpoint.pointed(run, "latest"), process)
+    os.kill(workers_of(process)[-1], signal.SIGKILL)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert [path.name for path in sorted((folder / "runs").iterdir())] == ["run", "whole"]  # no second run
+    theirs, ours = read_log(folder / "runs" / "whole")[0], read_log(run)[0]
+    assert len(ours) >= 300 and ours[-1]["step"] == theirs[-1]["step"] == 300
+    assert ours[-1]["loss"] == theirs[-1]["loss"]
+
+
+@pytest.mark.slow
+@linux
+def test_a_rank_that_hangs_is_named(folder):
+    process = launch(config_file(folder, train={"steps": 100000, "timeout": 4.0}))
+    log = folder / "runs" / "run" / "log.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size, process)
+    ranks = workers_of(process)
+    (second,) = [pid for pid in ranks if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
+    os.kill(second, signal.SIGSTOP)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        for pid in ranks:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert errors.count("rank 1 ended, or did not answer for 4 s (train.timeout): the run stops.") == 1
+    assert 'train.py", line' not in errors
+
+
+@pytest.mark.slow
+@linux
+def test_a_signal_to_all_ranks_saves_once_and_exits_0(folder):
+    process = launch(config_file(folder, train={"steps": 100000}))
+    log = folder / "runs" / "run" / "log.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size, process)
+    for pid in workers_of(process):
+        os.kill(pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert output.count("go on with: python train.py --resume") == 1
+    (saved,) = checkpoint.find(folder / "runs" / "run")
+    assert checkpoint.verify(saved)["step"] == read_log(folder / "runs" / "run")[0][-1]["step"]
+
+
+@pytest.mark.slow
+def test_tracing_hooks_does_not_stop_many_ranks(folder):
+    result = run_script("train.py", config_file(folder), processes=2, env={**ENVIRONMENT, "NANOPRE_TRACE": "1"})
+    assert result.returncode == 0, result.stderr
+    assert "nanopre_step_end" in result.stdout + result.stderr
+    assert len(json.loads((folder / "runs" / "run" / "log.jsonl").read_text().splitlines()[-1])) > 3
