@@ -18,16 +18,7 @@ from nanopre import cost, hookimpl
 from nanopre.config import at_least
 from nanopre.model import Transformer
 from nanopre.parallel import Layout, Shared, normalised
-
-SCHEDULES = {
-    "gpipe": "GPipe",
-    "1f1b": "1F1B",
-    "interleaved_1f1b": "Interleaved1F1B",
-    "zero_bubble": "InterleavedZeroBubble",
-}
-"""torch.distributed.pipelining's names of the schedules (Huang et al., 2019; Narayanan et al., 2019, 2021; Qi et al., 2024)."""
-
-SEVERAL_STAGES = ("interleaved_1f1b", "zero_bubble")
+from nanopre.timetable import SCHEDULES, SEVERAL_STAGES
 
 
 @dataclass
