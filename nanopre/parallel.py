@@ -81,7 +81,7 @@ class Layout:
 
 def plan(config: Config, plugins: Registry, world: World) -> Layout:
     """The layout that the config asks for. Raises UserError where it does not fit the processes, batch or model."""
-    strategies = dict(sorted(config.parallel.items(), key=lambda item: PHASES.index(item[1].phase)))
+    strategies = in_order(config.parallel)
     by_phase: dict[str, list[str]] = {}
     for name, strategy in strategies.items():
         by_phase.setdefault(strategy.phase, []).append(name)
@@ -103,8 +103,7 @@ def plan(config: Config, plugins: Registry, world: World) -> Layout:
         )
     data = size // model_parallel
     if data > 1 and "data" not in by_phase:
-        strategies = {**strategies, "ddp": plugins.get("parallel", "ddp", "parallel")()}
-        strategies = dict(sorted(strategies.items(), key=lambda item: PHASES.index(item[1].phase)))
+        strategies = in_order({**strategies, "ddp": plugins.get("parallel", "ddp", "parallel")()})
         by_phase["data"] = ["ddp"]
     shard = 1
     if "data" in by_phase:
@@ -129,6 +128,12 @@ def plan(config: Config, plugins: Registry, world: World) -> Layout:
             except ValueError as error:
                 raise UserError(f"parallel.{name}: {error}.") from None
     return layout
+
+
+def in_order(strategies: dict[str, object]) -> dict[str, object]:
+    """By their phases, and those of one phase by their names: activation_checkpointing before activation_offload, whose
+    tensors are then those that the other leaves."""
+    return dict(sorted(strategies.items(), key=lambda item: (PHASES.index(item[1].phase), item[0])))
 
 
 def check_batch(config: Config, layout: Layout) -> None:

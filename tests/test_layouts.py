@@ -56,6 +56,17 @@ LAYOUTS = {
     "fsdp 2 x pipeline 2, accumulation": (4, {"fsdp": {}, "pipeline": {"degree": 2, "microbatches": 2}}, 2),
     "tensor 2 x pipeline 2": (4, {"tensor": {"sequence_parallel": True}, "pipeline": PIPELINE}, 0),
     "tensor 4": (4, {"tensor": {"degree": 4}}, 0),
+    "1, selective": (1, {"activation_checkpointing": {"mode": "selective"}}, 0),
+    "1, full and offload": (1, {"activation_offload": {}, "activation_checkpointing": {}}, 4),
+    "fsdp 2, full": (2, {"fsdp": {}, "activation_checkpointing": {}}, 2),
+    "tensor 2, selective": (2, {"tensor": {}, "activation_checkpointing": {"mode": "selective"}}, 0),
+    "tensor 2, offload": (2, {"tensor": {"sequence_parallel": True}, "activation_offload": {}}, 0),
+    "1f1b 2, full": (2, {"pipeline": PIPELINE, "activation_checkpointing": {}}, 0),
+    "fsdp 2 x tensor 2, selective and offload": (
+        4,
+        {"fsdp": {}, "tensor": {}, "activation_checkpointing": {"mode": "selective"}, "activation_offload": {}},
+        0,
+    ),
     "fsdp 2 x tensor 2 x pipeline 2": (8, {"fsdp": {}, "tensor": {}, "pipeline": PIPELINE}, 0),
 }
 
