@@ -160,8 +160,9 @@ def test_no_cure_can_be_left_out(cure, name, layout, deviation):
     assert max(deviation(name, *LAYOUTS[layout], without=cure, train=train)) > 1e-3
 
 
-def test_compiled_blocks_agree(agrees):
-    agrees("llama", *LAYOUTS["fsdp 2 x tensor 2, no sequence parallel"], train={"compile": "on"})
+@pytest.mark.parametrize("layout", ["fsdp 2 x tensor 2, no sequence parallel", "fsdp 2, full", "tensor 2, selective"])
+def test_compiled_blocks_agree(layout, agrees):
+    agrees("llama", *LAYOUTS[layout], train={"compile": "on"})
 
 
 def measured(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:

@@ -39,6 +39,10 @@ class ActivationCheckpointing:
         for part in parts if self.mode != "none" else ():
             for name, block in part.blocks.items():
                 part.blocks[name] = checkpoint_wrapper(block, **options)
+                if self.mode == "selective" and block._compiled_call_impl:
+                    # A compiled block hides its products from the policy: so what is compiled is block and policy.
+                    block._compiled_call_impl = None
+                    part.blocks[name].compile()
         return parts
 
 

@@ -1,0 +1,174 @@
+"""What the strategies of memory hold and what they leave, in bytes; and that nothing else changes. That layouts with them
+agree is proved in test_layouts.py."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from conftest import read_log
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.profiler import ProfilerActivity, profile
+
+from nanopre import checkpoint, config as configs, optim, parallel
+from nanopre.distributed import World, initialise
+from nanopre.generate import generate
+from nanopre.plugins import load_plugins
+
+PLUGINS = load_plugins()
+B, T, C, F, H, V = 4, 64, 32, 48, 2, 96
+STREAM = B * T * C * 4  # bytes of a stream in float32
+FULL, SELECTIVE, NONE = ({"activation_checkpointing": {"mode": mode}} for mode in ("full", "selective", "none"))
+OFFLOAD = {"activation_offload": {}}
+
+
+def build(strategies: dict, family: str = "gpt2", n_layers: int = 2, **options):
+    options = {"d_model": C, "n_heads": H, "d_ff": F, "n_layers": n_layers, **options}
+    model = PLUGINS.get("model", family, "test")(**options).build(vocab_size=V, seq_len=T)
+    initialise(model, 0)
+    for name, values in parallel.in_order({n: PLUGINS.get("parallel", n, "test")(**o) for n, o in strategies.items()}).items():
+        assert values.phase == "memory", name
+        (model,) = values.apply([model], None)
+    return model
+
+
+def batch(model) -> dict:
+    tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0))
+    two = model.config.architecture == "encoder-decoder"
+    return {"tokens": tokens, "decoder_tokens": tokens.flip(1)} if two else {"tokens": tokens}
+
+
+def loss_of(model) -> torch.Tensor:
+    return model(**batch(model), loss=lambda head, h, _: head.cross_entropy(h, batch(model)["tokens"]))
+
+
+def held(model) -> int:
+    """Bytes that a forward pass has allocated and not given back at its end, by torch's own accounting."""
+    loss_of(model)  # what the first pass alone allocates
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        loss = loss_of(model)
+    assert loss.requires_grad
+    return sum(e.nbytes() for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]")
+
+
+def of_a_block(strategies: dict, **options) -> int:
+    """What one more block holds."""
+    return held(build(strategies, n_layers=3, **options)) - held(build(strategies, n_layers=2, **options))
+
+
+def test_what_a_block_holds_is_what_the_formulas_say():
+    rng_state = torch.get_rng_state().nbytes  # so that dropout drops the same when the block is computed again
+    norm = 2 * B * T * 4  # a mean and a deviation a token
+    # Two streams, two normed ones, queries, keys, values, attention's output; the MLP's width before and after its
+    # activation; each head's weights, and which of them causality hides; the number that scales queries.
+    every = 8 * STREAM + 2 * B * T * F * 4 + B * H * T * T * 4 + T * T + 2 * norm + 8
+    assert of_a_block(NONE) == of_a_block({}) == every
+    assert of_a_block(FULL) == STREAM + rng_state
+    # And the outputs of the six products with weights.
+    assert of_a_block(SELECTIVE) == STREAM + rng_state + 5 * STREAM + B * T * F * 4
+
+
+def saved(model) -> int:
+    """Bytes that autograd saves on the device, parameters apart."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = {}
+
+    def note(t):
+        if t.untyped_storage().data_ptr() not in parameters:
+            seen[t.untyped_storage().data_ptr()] = t  # held, so that no other tensor takes its place
+        return t
+
+    with saved_tensors_hooks(note, lambda t: t):
+        loss = loss_of(model)
+    assert loss.requires_grad
+    return sum(t.untyped_storage().nbytes() for t in seen.values())
+
+
+@pytest.mark.parametrize("family, streams", [("gpt2", 3), ("t5", 7)])
+def test_full_and_offload_leave_the_stream_of_each_block_to_the_cpu(family, streams, monkeypatch):
+    """Of 3 blocks, or 3 of an encoder, whose output all of the decoder's read, and 3 of a decoder."""
+    options = {"n_decoder_layers": 3} if family == "t5" else {}
+    offloaded = sys.modules[PLUGINS.get("parallel", "activation_offload", "test").__module__].Offloaded
+    moved = {}
+    original = offloaded.__init__
+
+    def note(self, t):
+        moved[t.untyped_storage().data_ptr()] = t
+        original(self, t)
+
+    monkeypatch.setattr(offloaded, "__init__", note)
+    models = [build(s, family, 3, **options) for s in ({}, OFFLOAD, {**OFFLOAD, **FULL}, FULL)]
+    plain, left = saved(models[0]), saved(models[1])
+    n_moved = sum(t.untyped_storage().nbytes() for t in moved.values())
+    # Nothing of the blocks stays: what is left is the last stream and the head's.
+    parameters = {p.untyped_storage().data_ptr() for p in models[1].parameters()}
+    assert not parameters & moved.keys()
+    assert left < 0.2 * plain and plain <= n_moved + left <= plain + 2 * STREAM  # streams at the edge are on both sides
+    moved.clear()
+    saved(models[2])
+    assert sum(t.untyped_storage().nbytes() for t in moved.values()) == streams * STREAM
+    assert saved(models[3]) >= streams * STREAM  # without offload they are on the device
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, whose memory it would save")
+def test_offload_frees_the_gpus_memory():
+    peaks = []
+    for strategies in ({}, OFFLOAD):
+        model = build(strategies, n_layers=8).cuda()
+        tokens = batch(model)["tokens"].cuda()
+        before = torch.cuda.memory_allocated()
+        loss = model(tokens, loss=lambda head, h, _: h.sum())
+        peaks.append(torch.cuda.memory_allocated() - before)
+        loss.backward()
+    assert peaks[1] < 0.3 * peaks[0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "t5"])
+@pytest.mark.parametrize("strategies", [FULL, SELECTIVE, OFFLOAD, {**FULL, **OFFLOAD}])
+def test_gradients_are_the_same_with_dropout(family, strategies):
+    options = {"dropout": 0.3, **({"n_decoder_layers": 2} if family == "t5" else {})}
+    gradients = []
+    for chosen in ({}, strategies):
+        model = build(chosen, family, **options)
+        torch.manual_seed(3)
+        loss_of(model).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_block_that_is_compiled_does_not_hide_its_products():
+    model = build({})
+    for block in model.blocks.values():
+        block.compile(backend="aot_eager")
+    PLUGINS.get("parallel", "activation_checkpointing", "test")("selective").apply([model], None)
+    for block in model.blocks.values():
+        assert isinstance(block, CheckpointWrapper) and block._compiled_call_impl
+        assert not block._checkpoint_wrapped_module._compiled_call_impl
+
+
+def test_a_checkpoint_shows_no_wrapper_and_decoding_goes_through_it(tmp_path):
+    plain, wrapped = build({}), build({**FULL, **OFFLOAD})
+    adamw = PLUGINS.get("optimizer", "adamw", "test")()
+    states = [checkpoint.state_of([m], optim.build(adamw, m)) for m in (plain, wrapped)]
+    assert states[0][0].keys() == states[1][0].keys() and states[0][1].keys() == states[1][1].keys()
+    assert all(torch.equal(a, states[1][0][name]) for name, a in states[0][0].items())
+    sizes = [[len(group) for group in optim.split_parameters(m)] for m in (plain, wrapped)]
+    assert sizes[0] == sizes[1] and sizes[0][0] == 12
+    decoded = [list(generate(m.eval(), [1, 2, 3], 20, 0.0)) for m in (plain, wrapped)]
+    assert decoded[0] == decoded[1] and len(decoded[0]) == 20
+
+
+def test_a_single_process_has_them_too(tiny, tmp_path):
+    import train
+
+    losses = []
+    for name, extra in {"plain": [], "full": ["--parallel.activation_checkpointing.mode=full"]}.items():
+        train.main([*tiny, f"--name={name}", "--train.steps=4", *extra])
+        steps, evaluations = read_log(tmp_path / "runs" / name)
+        losses.append([line["loss"] for line in steps] + [line["val_loss"] for line in evaluations])
+    assert losses[0] == losses[1]
+    table = {"parallel": {**OFFLOAD, **FULL}}
+    layout = parallel.plan(*configs.from_dict(table, "test"), World(0, 0, 1, torch.device("cpu")))
+    assert list(layout.strategies) == ["activation_checkpointing", "activation_offload"]
