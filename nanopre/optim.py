@@ -72,11 +72,14 @@ def _by_mesh(parameters: list[Tensor]) -> list[list[Tensor]]:
 
 def peak_rates(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[float]]:
     """The learning rates that the config asked for, one a parameter group, to be read before a checkpoint is loaded."""
-    return [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    return [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
 
 
 def set_rates(optimizers: Sequence[torch.optim.Optimizer], peaks: list[list[float]], factor: float) -> None:
     """Give each parameter group its peak learning rate times `factor`."""
     for optimizer, rates in zip(optimizers, peaks, strict=True):
         for group, peak in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = peak * factor
+            if isinstance(group["lr"], Tensor):  # of an optimizer that is compiled
+                group["lr"].fill_(peak * factor)
+            else:
+                group["lr"] = peak * factor
