@@ -270,7 +270,7 @@ def clip_gradients(layout: Layout, parts: Sequence[nn.Module], max_norm: float) 
                 seen.add(name)
                 gradients.append(_local(p.grad))
                 weights.append(1 / _copies(layout, p) if counts else 0.0)
-    norms = torch.stack(torch._foreach_norm(gradients))
+    norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
     square = (norms.square() * torch.tensor(weights, device=norms.device)).sum()
     if layout.world.size > 1:
         dist.all_reduce(square)

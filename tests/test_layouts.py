@@ -247,3 +247,9 @@ def agrees(deviation):
         assert losses < 2e-5 and gradients < 1e-5
 
     return check
+
+
+@pytest.mark.parametrize("name, layout", [("llama", "fsdp 2"), ("t5", "tensor 2, sequence parallel"), ("gpt2", "1f1b 2")])
+def test_bfloat16_weights_follow_float32_in_every_kind_of_layout(name, layout, deviation):
+    losses, gradients = deviation(name, *LAYOUTS[layout], train={"weights": "bfloat16", "precision": "bfloat16"})
+    assert 1e-5 < losses < 0.03 and gradients < 0.1

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from conftest import read_log
+from hypothesis import given, strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.profiler import ProfilerActivity, profile
@@ -199,14 +200,17 @@ def test_where_torchaos_kernel_fails_adamw8bit_is_refused_in_a_sentence(monkeypa
     assert "\n" not in str(error.value)
 
 
-def train_a_model(optimizer: str, n_steps: int = 40, **options) -> tuple[list[float], list]:
+def train_a_model(optimizer: str, n_steps: int = 40, lr: float = 3e-3, dtype=torch.float32, **options):
     """(losses, optimizers) of a tiny model that learns a batch by heart."""
     model = build({}, d_model=64, d_ff=64)
-    optimizers = optim.build(PLUGINS.get("optimizer", optimizer, "test")(lr=3e-3, **options), model)
-    losses = []
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    optimizers = optim.build(PLUGINS.get("optimizer", optimizer, "test")(lr=lr, **options), model)
+    peaks, losses = optim.peak_rates(optimizers), []
     for step in range(n_steps):
-        optim.set_rates(optimizers, [[3e-3] * len(o.param_groups) for o in optimizers], min(1, (step + 1) / 10))
-        loss = loss_of(model) / (B * T)
+        optim.set_rates(optimizers, peaks, min(1, (step + 1) / 10))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = loss_of(model) / (B * T)
         loss.backward()
         losses.append(loss.item())
         for o in optimizers:
@@ -249,3 +253,91 @@ def test_adamw8bit_resumes_bitwise(resumed):
     pytest.importorskip("torchao", reason="the extra 8bit is not installed")
     whole, parts = resumed("--optimizer.name=adamw8bit")
     assert len(whole) == 6 and whole == parts
+
+
+# bfloat16 weights.
+
+ADAMW = PLUGINS.get("optimizer", "adamw", "test")
+round_at_random = sys.modules[ADAMW.__module__].round_at_random
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(-(2.0**100), 2.0**100, width=32))
+def test_rounding_gives_one_of_the_two_neighbours(seed, number):
+    x = torch.tensor([number])
+    rounded = round_at_random(x, torch.Generator().manual_seed(seed))
+    below = (x.view(torch.int32) & -(2**16)).view(torch.float32)  # in magnitude
+    above = ((x.view(torch.int32) & -(2**16)) + 2**16).view(torch.float32)
+    assert rounded.dtype == torch.bfloat16 and rounded.float() in (below, above)
+    again = round_at_random(rounded.float(), torch.Generator().manual_seed(seed + 1))
+    assert torch.equal(again, rounded)  # what is a bfloat16 stays
+
+
+def test_the_mean_of_many_roundings_is_the_number():
+    n = 50_000
+    x = torch.tensor([1.001, -1.001, 3.14159, -0.0123, 1e-20, 255.5])
+    draws = round_at_random(x.expand(n, -1).contiguous(), torch.Generator().manual_seed(0)).double()
+    standard_error = draws.std(dim=0) / n**0.5
+    assert ((draws.mean(dim=0) - x).abs() < 4 * standard_error).all()
+    nearest = x.bfloat16().double()
+    assert ((nearest - x).abs() > 4 * standard_error).sum() >= 5  # which would not pass
+
+
+def test_small_updates_count_at_random_and_are_lost_at_the_nearest():
+    """200 steps of 1e-4 from 1.0, where the next bfloat16 below is 0.0039 away."""
+    moved = {}
+    for stochastic in (True, False):
+        model = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+        model.weight.data.fill_(1.0)
+        [optimizer] = optim.build(ADAMW(lr=1e-4, weight_decay=0.0, stochastic_rounding=stochastic), model)
+        for _ in range(200):
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step()
+        moved[stochastic] = 1 - model.weight.float()
+        assert all(optimizer.state[model.weight][key].dtype == torch.float32 for key in ("exp_avg", "exp_avg_sq"))
+    assert (moved[False] == 0).all()
+    assert abs(moved[True].mean() - 0.02) < 4 * moved[True].std() / 64
+
+
+def test_copies_of_a_parameter_are_rounded_alike_and_others_not():
+    weights = []
+    for seed, name in ((1, "a"), (2, "a"), (2, "b")):
+        model = torch.nn.ModuleDict({name: torch.nn.Linear(32, 32, bias=False, dtype=torch.bfloat16)})
+        model[name].weight.data.fill_(1.0)
+        model[name].weight.grad = torch.ones(32, 32, dtype=torch.bfloat16)
+        torch.manual_seed(seed)  # of other dropout, on another rank
+        optim.build(ADAMW(lr=1e-3), model)[0].step()
+        weights.append(model[name].weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+
+
+def test_training_with_bfloat16_weights_follows_float32_if_they_are_rounded_at_random():
+    options = {"n_steps": 150, "lr": 3e-4, "weight_decay": 0.0}
+    exact, _ = train_a_model("adamw", **options)
+    ours, _ = train_a_model("adamw", dtype=torch.bfloat16, **options)
+    nearest, _ = train_a_model("adamw", dtype=torch.bfloat16, stochastic_rounding=False, **options)
+    far, further = ((torch.tensor(losses) - torch.tensor(exact)).abs().max() for losses in (ours, nearest))
+    assert exact[-1] < 0.5 * exact[0]
+    assert far < 0.02 and further > 5 * far  # nats
+
+
+def test_a_run_with_bfloat16_weights_resumes_bitwise_and_samples(resumed, tmp_path, capsys):
+    whole, parts = resumed("--train.weights=bfloat16", "--train.precision=auto", "--train.samples=1")
+    assert len(whole) == 6 and whole == parts
+    assert "--- sample 1 ---" in capsys.readouterr().out
+    opened = checkpoint.open_run(tmp_path / "runs" / "parts")
+    assert all(p.dtype == torch.float32 and torch.equal(p, p.bfloat16().float()) for p in opened.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw8bit"])
+def test_an_optimizer_that_would_lose_updates_is_refused(name, monkeypatch):
+    model = build({}).bfloat16()
+    plugin = PLUGINS.get("optimizer", name, "test")()
+    plugin._plugin_name = name
+    monkeypatch.setattr(type(plugin), "build", lambda self, model: [torch.optim.SGD(model.parameters(), 0.1)])
+    with pytest.raises(UserError, match=f'bfloat16: optimizer "{name}" would lose small updates of them; take "adamw"'):
+        optim.build(plugin, model)
+
+
+def test_bfloat16_weights_with_float32_products_are_refused():
+    with pytest.raises(UserError, match='weights = "bfloat16" needs precision = "bfloat16" or "auto"'):
+        configs.from_dict({"train": {"weights": "bfloat16", "precision": "float32"}}, "test")
