@@ -131,6 +131,10 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
             batch = {key: tensor.to(here.device, non_blocking=True) for key, tensor in batch.items()}
             return batch, objective.counts(arrays, tokenizer)
 
+        if c.weights == "bfloat16":
+            for p in model.parameters():  # not buffers: rotary positions need their precision
+                p.data = p.data.bfloat16()
+
         # The parallel strategies take their parts of the model; `engine` runs batches through them.
         example, _ = load_rows(corpus.train, np.arange(1), config.seed)
         parts, engine = parallel.apply(layout, model.to(here.device), here, objective.loss, config, example)
@@ -182,7 +186,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
                 counts = {key: counts.get(key, 0) + n[key] for key in n}
             metrics = objective.report(numbers(world.sum(layout.own(sums))), numbers(world.sum(layout.own(counts))))
             if hasattr(objective, "evaluate"):
-                with torch.compiler.set_stance("force_eager"):  # decoding: a new length at every token
+                with torch.compiler.set_stance("force_eager"), here.autocast():  # decoding: a new length at every token
                     metrics |= objective.evaluate(parts[0], corpus.val, c.seq_len)
             for part in parts:
                 part.train()

@@ -92,7 +92,8 @@ class Train:
     eval_tokens: int = 0  # so many tokens from the start of the validation split; 0: all of it
     log_interval: int = 10  # steps between lines where the output is no terminal
     device: str = "auto"  # cpu, cuda, mps
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; weights are always float32
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products
+    weights: Literal["float32", "bfloat16"] = "float32"  # and gradients; bfloat16: half of the memory, products in bfloat16
     compile: Literal["auto", "on", "off"] = "auto"
     timeout: float = 600.0  # seconds that one process waits for another
     max_skipped_steps: int = 10  # in a row, for a loss or gradient that is not finite, before the run stops
@@ -104,6 +105,8 @@ class Train:
         if not 0 < self.timeout < 1e8:
             raise ValueError(f"timeout = {self.timeout} must be above 0 and finite")
         at_least(self, eval_tokens=0, log_interval=1, max_skipped_steps=0, samples=0)
+        if self.weights == "bfloat16" and self.precision == "float32":
+            raise ValueError('weights = "bfloat16" needs precision = "bfloat16" or "auto"')
 
 
 @dataclass

@@ -32,8 +32,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         with_gradient = any(ctx.needs_input_grad)
         w = weight.to(dtype)
         h_gradient = torch.empty_like(h) if with_gradient else None
-        w_gradient = torch.zeros_like(weight) if with_gradient else None
-        b_gradient = torch.zeros_like(bias) if with_gradient and bias is not None else None
+        w_gradient = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
+        b_gradient = torch.zeros_like(bias, dtype=torch.float32) if with_gradient and bias is not None else None
         total, correct = h.new_zeros((2,), dtype=torch.float32).unbind()
         rows = max(1, LinearCrossEntropy.LOGITS_PER_CHUNK // weight.shape[0])
         for h_part, t_part, g_part in zip(

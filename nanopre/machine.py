@@ -19,7 +19,7 @@ class Machine:
     """The choices for this process, and the sentence that tells them to the user."""
 
     device: torch.device
-    precision: torch.dtype  # of the matrix products; weights, gradients and optimizer states stay float32
+    precision: torch.dtype  # of the matrix products; the stream between blocks and optimizer states stay float32
     compile: bool
     reason: str
 
@@ -37,12 +37,13 @@ def choose(config: Train) -> Machine:
         keep_freed_memory()
     fast = has_fast_bfloat16(device)
     bfloat16 = fast if config.precision == "auto" else config.precision == "bfloat16"
+    bfloat16 = bfloat16 or config.weights == "bfloat16"
     # On a CPU compiling takes 5 to 70 s and gives 1.0 to 1.2 times the speed (benchmarks/README.md): a choice there.
     compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     reasons = [
         name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads" if name == "cpu" else name,
-        ("bfloat16 products" if bfloat16 else "float32")
+        ("bfloat16 weights and products" if config.weights == "bfloat16" else "bfloat16 products" if bfloat16 else "float32")
         + ("" if config.precision != "auto" else " (fast here)" if fast else " (no fast bfloat16 here)"),
         "compiled" if compiled else "not compiled",
     ]

@@ -88,9 +88,17 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """(x - mean(x)) / deviation(x) * weight + bias, in x's precision, whatever the weights have (Ba et al., 2016)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "layernorm":
-        return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+        return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
     return RMSNorm(config.d_model, eps=config.norm_eps)
 
 
@@ -365,6 +373,7 @@ class Embedding(nn.Module):
     def embed(self, tokens: Tensor, start: int, segments: Tensor | None) -> Tensor:
         """The stream of tokens at positions start, start + 1, ...; without `segments` all are in the first."""
         h = self.tokens(tokens)
+        h = h.float() if h.dtype == torch.bfloat16 else h  # the stream is float32, whatever the weights are
         if self.positions is not None:
             h = h + self.positions.weight[start : start + tokens.shape[1]]
         if self.segments is not None:

@@ -48,13 +48,18 @@ def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
 
 
 def build(plugin: Any, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """The optimizers of the configured plugin. Raises UserError where its build gives anything else."""
+    """The optimizers of the configured plugin. Raises UserError where its build gives anything else, or where it is not
+    made for bfloat16 weights."""
     optimizers = plugin.build(model)
     is_list = isinstance(optimizers, (list, tuple)) and optimizers
     if not (is_list and all(isinstance(optimizer, torch.optim.Optimizer) for optimizer in optimizers)):
         given = " ".join(repr(optimizers).split())[:80]
         raise UserError(
             f'optimizer: the build of "{plugin._plugin_name}" gave {given}; it must give a list of torch.optim.Optimizer.'
+        )
+    if any(p.dtype == torch.bfloat16 for p in model.parameters()) and "bfloat16" not in getattr(plugin, "weights", ()):
+        raise UserError(
+            f'train.weights = bfloat16: optimizer "{plugin._plugin_name}" would lose small updates of them; take "adamw".'
         )
     for optimizer in optimizers:
         groups = optimizer.param_groups
@@ -72,11 +77,14 @@ def _by_mesh(parameters: list[Tensor]) -> list[list[Tensor]]:
 
 def peak_rates(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[float]]:
     """The learning rates that the config asked for, one a parameter group, to be read before a checkpoint is loaded."""
-    return [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    return [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]
 
 
 def set_rates(optimizers: Sequence[torch.optim.Optimizer], peaks: list[list[float]], factor: float) -> None:
     """Give each parameter group its peak learning rate times `factor`."""
     for optimizer, rates in zip(optimizers, peaks, strict=True):
         for group, peak in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = peak * factor
+            if isinstance(group["lr"], Tensor):  # of an optimizer that is compiled
+                group["lr"].fill_(peak * factor)
+            else:
+                group["lr"] = peak * factor

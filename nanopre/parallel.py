@@ -82,7 +82,7 @@ class Layout:
 
 def plan(config: Config, plugins: Registry, world: World) -> Layout:
     """The layout that the config asks for. Raises UserError where it does not fit the processes, batch or model."""
-    strategies = dict(sorted(config.parallel.items(), key=lambda item: PHASES.index(item[1].phase)))
+    strategies = in_order(config.parallel)
     by_phase: dict[str, list[str]] = {}
     for name, strategy in strategies.items():
         by_phase.setdefault(strategy.phase, []).append(name)
@@ -104,8 +104,7 @@ def plan(config: Config, plugins: Registry, world: World) -> Layout:
         )
     data = size // model_parallel
     if data > 1 and "data" not in by_phase:
-        strategies = {**strategies, "ddp": plugins.get("parallel", "ddp", "parallel")()}
-        strategies = dict(sorted(strategies.items(), key=lambda item: PHASES.index(item[1].phase)))
+        strategies = in_order({**strategies, "ddp": plugins.get("parallel", "ddp", "parallel")()})
         by_phase["data"] = ["ddp"]
     shard = 1
     if "data" in by_phase:
@@ -130,6 +129,12 @@ def plan(config: Config, plugins: Registry, world: World) -> Layout:
             except ValueError as error:
                 raise UserError(f"parallel.{name}: {error}.") from None
     return layout
+
+
+def in_order(strategies: dict[str, object]) -> dict[str, object]:
+    """By their phases, and those of one phase by their names: activation_checkpointing before activation_offload, whose
+    tensors are then those that the other leaves."""
+    return dict(sorted(strategies.items(), key=lambda item: (PHASES.index(item[1].phase), item[0])))
 
 
 def check_batch(config: Config, layout: Layout) -> None:
@@ -271,7 +276,7 @@ def clip_gradients(layout: Layout, parts: Sequence[nn.Module], max_norm: float) 
                 seen.add(name)
                 gradients.append(_local(p.grad))
                 weights.append(1 / _copies(layout, p) if counts else 0.0)
-    norms = torch.stack(torch._foreach_norm(gradients))
+    norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
     square = (norms.square() * torch.tensor(weights, device=norms.device)).sum()
     if layout.world.size > 1:
         dist.all_reduce(square)

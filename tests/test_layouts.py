@@ -56,6 +56,17 @@ LAYOUTS = {
     "fsdp 2 x pipeline 2, accumulation": (4, {"fsdp": {}, "pipeline": {"degree": 2, "microbatches": 2}}, 2),
     "tensor 2 x pipeline 2": (4, {"tensor": {"sequence_parallel": True}, "pipeline": PIPELINE}, 0),
     "tensor 4": (4, {"tensor": {"degree": 4}}, 0),
+    "1, selective": (1, {"activation_checkpointing": {"mode": "selective"}}, 0),
+    "1, full and offload": (1, {"activation_offload": {}, "activation_checkpointing": {}}, 4),
+    "fsdp 2, full": (2, {"fsdp": {}, "activation_checkpointing": {}}, 2),
+    "tensor 2, selective": (2, {"tensor": {}, "activation_checkpointing": {"mode": "selective"}}, 0),
+    "tensor 2, offload": (2, {"tensor": {"sequence_parallel": True}, "activation_offload": {}}, 0),
+    "1f1b 2, full": (2, {"pipeline": PIPELINE, "activation_checkpointing": {}}, 0),
+    "fsdp 2 x tensor 2, selective and offload": (
+        4,
+        {"fsdp": {}, "tensor": {}, "activation_checkpointing": {"mode": "selective"}, "activation_offload": {}},
+        0,
+    ),
     "fsdp 2 x tensor 2 x pipeline 2": (8, {"fsdp": {}, "tensor": {}, "pipeline": PIPELINE}, 0),
 }
 
@@ -196,8 +207,9 @@ def test_muon_sees_whole_matrices(layout, deviation):
     assert losses < 1e-4 and gradients < 1e-5
 
 
-def test_compiled_blocks_agree(agrees):
-    agrees("llama", *LAYOUTS["fsdp 2 x tensor 2, no sequence parallel"], train={"compile": "on"})
+@pytest.mark.parametrize("layout", ["fsdp 2 x tensor 2, no sequence parallel", "fsdp 2, full", "tensor 2, selective"])
+def test_compiled_blocks_agree(layout, agrees):
+    agrees("llama", *LAYOUTS[layout], train={"compile": "on"})
 
 
 def measured(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -281,3 +293,9 @@ def agrees(deviation):
         assert losses < 2e-5 and gradients < 1e-5
 
     return check
+
+
+@pytest.mark.parametrize("name, layout", [("llama", "fsdp 2"), ("t5", "tensor 2, sequence parallel"), ("gpt2", "1f1b 2")])
+def test_bfloat16_weights_follow_float32_in_every_kind_of_layout(name, layout, deviation):
+    losses, gradients = deviation(name, *LAYOUTS[layout], train={"weights": "bfloat16", "precision": "bfloat16"})
+    assert 1e-5 < losses < 0.03 and gradients < 0.1
