@@ -57,6 +57,11 @@ def main(argv: list[str]) -> None:
         if not text.startswith("-"):
             raise UserError(f"{text}: one config file is enough, and {arguments.config} is the first.")
         if "=" not in text:
+            name = text.removeprefix("--")
+            if "." in name or name in vars(configs.Config()) or (name := configs.whole_key(name)):
+                following = argv[argv.index(text) + 1 :][:1]  # "--train.steps 5", where the 5 may pass for the config file
+                value = next((v for v in following if not v.startswith("-") and not v.endswith(".toml")), "VALUE")
+                raise UserError(f"{text}: no value; write --{name}={value}.")
             options = ["--resume", "--list-plugins", "--print-config", "--help"]
             raise UserError(f"{text}: not an option (a key is set as --section.key=value); {nearest(text, options)}")
 
