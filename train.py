@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 import os
 import platform
@@ -59,6 +60,11 @@ def main(argv: list[str]) -> None:
         if not text.startswith("-"):
             raise UserError(f"{text}: one config file is enough, and {arguments.config} is the first.")
         if "=" not in text:
+            name = text.removeprefix("--")
+            if "." in name or name in vars(configs.Config()) or (name := configs.whole_key(name)):
+                following = argv[argv.index(text) + 1 :][:1]  # "--train.steps 5", where the 5 may pass for the config file
+                value = next((v for v in following if not v.startswith("-") and not v.endswith(".toml")), "VALUE")
+                raise UserError(f"{text}: no value; write --{name}={value}.")
             options = ["--resume", "--list-plugins", "--print-config", "--help"]
             raise UserError(f"{text}: not an option (a key is set as --section.key=value); {nearest(text, options)}")
 
@@ -71,8 +77,11 @@ def main(argv: list[str]) -> None:
         for text in overrides:
             if text.startswith(("--name=", "--out_dir=")):
                 raise UserError(f"{text}: a run that is resumed stays in its folder; leave this out.")
+            if text.startswith(("--init_from=", "--init_weights=")):
+                raise UserError(f"{text}: a run that is resumed has weights of its own; leave this out.")
         run_dir, resume_from = checkpoint.locate(arguments.resume)
-        if "imported_from" in checkpoint.read_info(resume_from):
+        info = checkpoint.read_info(resume_from, {"config": dict})
+        if "imported_from" in info:
             raise UserError(f"{run_dir}: an imported model has no training to go on with; sample.py can use it.")
         config_file, inherit = run_dir / "config.toml", None
     config, plugins = configs.load(config_file, overrides, inherit)
@@ -81,6 +90,9 @@ def main(argv: list[str]) -> None:
     elif arguments.print_config:
         print(configs.to_toml(config), end="")
     else:
+        changed = changes(info["config"], config, run_dir) if resume_from else ""
+        if changed and os.environ.get("RANK", "0") == "0":
+            print(changed)
         train(config, plugins, run_dir, resume_from)
 
 
@@ -317,6 +329,37 @@ def print_samples(run_dir: Path, device: torch.device, prompt: str, n_samples: i
                 model, start, 200, 0.8, top_p=0.95, generator=generator, n_vocab=tokenizer.n_vocab, stop=tokenizer.eot
             )
             print(f"\n--- sample {i + 1} ---\n{prompt}{tokenizer.decode(list(tokens))}")
+
+
+def changes(before: dict, config: configs.Config, run_dir: Path) -> str:
+    """What a resumed run's config has other than the one that its checkpoint was trained with, in one line; "" for nothing.
+
+    Raises UserError where the weights can't follow: for a part of the model or tokenizer, or the length of learned positions.
+    """
+    was, now = flatten(before), flatten(configs.to_dict(config))
+    different = {key: (now[key], was[key]) for key in now if key in was and now[key] != was[key]}
+    with torch.device("meta"):
+        models = [config.model.build(1, seq_len) for seq_len in different.get("train.seq_len", ())]
+    shapes = [[p.shape for p in model.parameters()] for model in models]
+    fixed = ("model.", "tokenizer.", *(["train.seq_len"] if shapes and shapes[0] != shapes[1] else []))
+    for key, (value, old) in different.items():
+        if key.startswith(fixed) and key != "model.dropout":
+            raise UserError(
+                f"{run_dir}: {key} can't be {json.dumps(value)}, since the weights were trained with {json.dumps(old)}; leave "
+                f"it out, or start a new run from the weights with --init_from={run_dir}."
+            )
+    # Another corpus is refused by its content, once that is known: its files may have moved.
+    rows = any(key in ("seed", "train.batch_size", "train.seq_len") or key.startswith("objective.") for key in different)
+    listed = ", ".join(f"{key} = {json.dumps(value)} instead of {json.dumps(old)}" for key, (value, old) in different.items())
+    return listed and f"Resuming with {listed}{': its steps see other rows than they would have' if rows else ''}."
+
+
+def flatten(table: dict, prefix: str = "") -> dict[str, object]:
+    """{"train.steps": 1000, ...} of a config as a table of tables."""
+    flat = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def diverged(run_dir: Path, step: int, skipped: int) -> str:

@@ -196,6 +196,11 @@ def parse_override(text: str) -> tuple[str, Any, str]:
     return key[2:], table["value"] if len(table) == 1 else value, value
 
 
+def whole_key(name: str) -> str | None:
+    """The key that is known by its last part alone: "train.steps" of "steps". None where no section of the core has it."""
+    return next((f"{f.name}.{name}" for f in dataclasses.fields(Config) if name in _field_names(f.name)), None)
+
+
 class _Builder:
     """Builds a Config from a table, and knows which file or flag set each key, to name it where it is wrong."""
 
@@ -279,9 +284,11 @@ class _Builder:
         raise self.error(key, f"is {_toml(value)}", f"it must be {_words(hint)}.")
 
     def place(self, key: str) -> str:
-        """Where the key was set: the flag that set it, or a part or the whole of it, or else the file and the key."""
-        flags = (flag for flag in self.flags if f"{flag}.".startswith(f"{key}.") or f"{key}.".startswith(f"{flag}."))
-        return next((f"--{flag}" for flag in flags), _sentence(self.where, key))
+        """Where the key was set: the last flag that set it or a whole with it, else a part of it, else the file and the key."""
+        flags = [flag for flag, *_ in reversed(self.overrides)]
+        wholes = [flag for flag in flags if f"{key}.".startswith(f"{flag}.")]
+        parts = [flag for flag in flags if flag.startswith(f"{key}.")]
+        return next((f"--{flag}" for flag in wholes + parts), _sentence(self.where, key))
 
     def error(self, key: str, problem: str, remedy: str) -> UserError:
         return UserError(f"{self.place(key)}: {problem}; {remedy}")
@@ -326,10 +333,9 @@ class _Builder:
                 key = _join(section, name)
                 is_flag = self.place(key).startswith("--")
                 prefix = ("--" if is_flag else "") + (f"{section}." if section else "")
-                # --steps for --train.steps: the key of a section, without the section.
-                homes = [] if section else [n for n in known if name in _field_names(n)]
-                hint = f"did you mean {prefix}{homes[0]}.{name}?" if homes else nearest(name, known, prefix)
-                raise self.error(key, "unknown key" if section or homes else "unknown section or key", hint)
+                whole = None if section else whole_key(name)
+                hint = f"did you mean {prefix}{whole}?" if whole else nearest(name, known, prefix)
+                raise self.error(key, "unknown key" if section or whole else "unknown section or key", hint)
 
     def _instance(self, cls: type, values: dict[str, Any], key: str) -> Any:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -278,6 +279,42 @@ def test_what_a_resumed_run_changes_stays_changed(tiny, tmp_path):
         train.main(["--resume", str(folder)])
 
 
+@pytest.mark.parametrize(
+    "flags, listed",
+    [
+        (["--train.batch_size=4"], "train.steps = 4 instead of 2, train.batch_size = 4 instead of 8: its steps see other rows"),
+        (["--train.seq_len=24"], "train.steps = 4 instead of 2, train.seq_len = 24 instead of 48: its steps see other rows"),
+        (["--seed=1"], "seed = 1 instead of 1337, train.steps = 4 instead of 2: its steps see other rows"),
+        (["--objective.name=prefix_lm"], 'objective.name = "prefix_lm" instead of "clm", .*: its steps see other rows'),
+        (["--model.dropout=0.1"], "model.dropout = 0.1 instead of 0.0, train.steps = 4 instead of 2."),
+    ],
+)
+def test_what_a_resumed_run_changes_is_said_when_it_changes(tiny, tmp_path, capsys, flags, listed):
+    folder = run(tiny, "a", "--train.steps=2", tmp_path=tmp_path)
+    train.main(["--resume", str(folder), "--train.steps=4", "--print-config", *flags])
+    assert "Resuming" not in capsys.readouterr().out
+    train.main(["--resume", str(folder), "--train.steps=4", *flags])
+    assert re.search(f"^Resuming with {listed}", capsys.readouterr().out, re.MULTILINE)
+    train.main(["--resume", str(folder), "--train.steps=5"])
+    assert re.search("^Resuming with train.steps = 5 instead of 4.$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "model, flag, sentence",
+    [
+        ("llama", "--model.n_heads=4", "model.n_heads can't be 4, since the weights were trained with 2"),
+        ("llama", "--tokenizer.name=chars", "tokenizer.name can't be \"chars\", since the weights were trained with \"bytes\""),
+        ("gpt2", "--train.seq_len=24", "train.seq_len can't be 24, since the weights were trained with 48"),
+        ("llama", "--init_from=runs/x", "--init_from=runs/x: a run that is resumed has weights of its own"),
+    ],
+)
+def test_what_the_weights_cannot_follow_is_not_resumed(tiny, tmp_path, model, flag, sentence):
+    folder = run(tiny, "a", "--train.steps=1", f"--model.name={model}", tmp_path=tmp_path)
+    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+        train.main(["--resume", str(folder), "--train.steps=2", flag])
+    assert "\n" not in str(error.value)
+
+
 def test_a_resumed_run_is_the_run_that_it_was(tiny, tmp_path):
     folder = run(tiny, "a", tmp_path=tmp_path)
     for text in ("--name=b", "--out_dir=elsewhere"):
@@ -360,6 +397,12 @@ def test_an_interrupted_save_leaves_the_last_checkpoint_in_force(tiny, tmp_path,
         (["--resume", "runs/nowhere"], "runs/nowhere: no such run"),
         (["configs/defautl.toml"], "configs/defautl.toml: can't be read .*did you mean configs/default.toml?"),
         (["--train.device=cuda"], 'train.device = "cuda": no such device here'),
+        (["configs/default.toml", "--train.steps"], "^--train.steps: no value; write --train.steps=VALUE.$"),
+        (["configs/default.toml", "--train.steps", "5"], "^--train.steps: no value; write --train.steps=5.$"),
+        (["--train.steps", "5", "--seed=3"], "^--train.steps: no value; write --train.steps=5.$"),
+        (["--steps", "5"], "^--steps: no value; write --train.steps=5.$"),
+        (["--seed", "--resume", "runs/x"], "^--seed: no value; write --seed=VALUE.$"),
+        (["--seed", "configs/default.toml"], "^--seed: no value; write --seed=VALUE.$"),
         (["--lst-plugins"], "--lst-plugins: .*did you mean --list-plugins?"),
         (["--resume", "runs/x", "configs/default.toml"], "leave out the config file"),
     ],
