@@ -92,7 +92,7 @@ def saved(model) -> int:
 def test_full_and_offload_leave_the_stream_of_each_block_to_the_cpu(family, streams, monkeypatch):
     """Of 3 blocks, or 3 of an encoder, whose output all of the decoder's read, and 3 of a decoder."""
     options = {"n_decoder_layers": 3} if family == "t5" else {}
-    offloaded = sys.modules[PLUGINS.get("parallel", "activation_offload", "test").__module__].Offloaded
+    offloaded = PLUGINS.get("parallel", "activation_offload", "test").apply.__globals__["Offloaded"]
     moved = {}
     original = offloaded.__init__
 
