@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from nanopre import checkpoint, config as configs, parallel as core
 
+slow = pytest.mark.slow
 TINY = {"n_layers": 4, "d_model": 32, "n_heads": 4, "d_ff": 64}
 MODELS = {
     "gpt2": ({"name": "gpt2", **TINY}, {"name": "clm"}),  # tied embeddings, learned positions, biases
@@ -152,7 +153,10 @@ CURES = {
 @pytest.mark.parametrize(
     "cure, name, layout",
     [
-        ("the embedding's sum is used before a compiled block sees it", "llama", "fsdp 2 x tensor 2, no sequence parallel"),
+        pytest.param(
+            "the embedding's sum is used before a compiled block sees it", "llama", "fsdp 2 x tensor 2, no sequence parallel",
+            marks=slow,
+        ),
         ("a schedule leaves gradients as they are", "gpt2", "1f1b 2"),
         ("stages add the gradients of what they share", "gpt2", "1f1b 2"),
         ("stages add the gradients of what they share", "t5", "interleaved 2"),
@@ -160,7 +164,7 @@ CURES = {
         ("ddp adds", "gpt2", "ddp 2"),
         ("fsdp adds", "gpt2", "fsdp 2"),
     ],
-)
+)  # fmt: skip
 def test_no_cure_can_be_left_out(cure, name, layout, deviation):
     """Without each of these the gradients or their norm are others, without an error; the comparison sees it."""
     train = {"compile": "on"} if "compiled" in cure else {}
@@ -171,12 +175,14 @@ def test_no_cure_can_be_left_out(cure, name, layout, deviation):
     "name, optimizer, layouts",
     [
         ("gpt2", "adamw", ["data 2 x tensor 2", None, "1f1b 2"]),
-        ("llama", "adamw", ["fsdp 2 x pipeline 2, accumulation", "tensor 2, sequence parallel", "fsdp 2"]),
-        ("bert", "adamw", ["interleaved 2", "fsdp 2 x tensor 2", None]),
-        ("t5", "adamw", [None, "tensor 2 x pipeline 2", "ddp 2"]),
-        ("gpt2", "muon", ["fsdp 2 x tensor 2", "interleaved 2", None]),
+        pytest.param(
+            "llama", "adamw", ["fsdp 2 x pipeline 2, accumulation", "tensor 2, sequence parallel", "fsdp 2"], marks=slow
+        ),
+        pytest.param("bert", "adamw", ["interleaved 2", "fsdp 2 x tensor 2", None], marks=slow),
+        pytest.param("t5", "adamw", [None, "tensor 2 x pipeline 2", "ddp 2"], marks=slow),
+        pytest.param("gpt2", "muon", ["fsdp 2 x tensor 2", "interleaved 2", None], marks=slow),
     ],
-)
+)  # fmt: skip
 def test_a_checkpoint_goes_on_in_any_other_layout(name, optimizer, layouts, ranks, single, text):
     """Steps 1 to 3 in one layout, 4 to 6 in a second, the rest in a third: as if one process had never stopped."""
     lines, _ = single(name, optimizer)
@@ -199,6 +205,7 @@ def test_a_checkpoint_goes_on_in_any_other_layout(name, optimizer, layouts, rank
     assert opened.info["step"] == 10
 
 
+@slow
 @pytest.mark.parametrize("layout", ["fsdp 2", "tensor 2 x pipeline 2", "fsdp 2 x tensor 2"])
 def test_muon_sees_whole_matrices(layout, deviation):
     """Its iteration is not linear: a part of a matrix has another update. It runs in bfloat16 where that is fast, which
@@ -207,6 +214,7 @@ def test_muon_sees_whole_matrices(layout, deviation):
     assert losses < 1e-4 and gradients < 1e-5
 
 
+@slow
 @pytest.mark.parametrize("layout", ["fsdp 2 x tensor 2, no sequence parallel", "fsdp 2, full", "tensor 2, selective"])
 def test_compiled_blocks_agree(layout, agrees):
     agrees("llama", *LAYOUTS[layout], train={"compile": "on"})
@@ -247,17 +255,29 @@ def text(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", MODELS)
+# Refused: two streams in a zero-bubble schedule, and 4 ranks for 2 heads of keys and values (test_parallel.py).
+REFUSED = {("t5", "zero bubble 2"), ("llama", "tensor 4")}
+# The whole table takes minutes; these few see what is particular to each strategy and model.
+QUICK = {
+    "gpt2": ["ddp 2, accumulation", "fsdp 2", "tensor 2", "gpipe 2", "1f1b 2", "zero bubble 2", "data 2 x pipeline 2"],
+    "llama": ["tensor 2, sequence parallel", "1f1b 2, full"],
+    "bert": ["ddp 2", "tensor 2", "interleaved 2", "fsdp 2, full"],
+    "t5": ["tensor 2, sequence parallel", "1f1b 2, accumulation", "tensor 2 x pipeline 2"],
+}
+CASES = [
+    pytest.param(name, layout, marks=[] if layout in QUICK[name] else slow)
+    for name in MODELS
+    for layout in LAYOUTS
+    if (name, layout) not in REFUSED
+]
+
+
+@pytest.mark.parametrize("name, layout", CASES)
 def test_layouts_agree(name, layout, agrees):
-    if name == "t5" and layout == "zero bubble 2":
-        pytest.skip("refused: its two streams can't go through a zero-bubble schedule (test_parallel.py)")
-    if name == "llama" and layout == "tensor 4":
-        pytest.skip("refused: 4 ranks can't share 2 heads of keys and values (test_parallel.py)")
     agrees(name, *LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("name", UNEVEN)
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=slow) for n in list(UNEVEN)[:-1]), list(UNEVEN)[-1]])
 def test_widths_and_vocabularies_split_into_uneven_parts(name, agrees):
     agrees(name, 3, {"tensor": {"degree": 3}}, 0)
 
