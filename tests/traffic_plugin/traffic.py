@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,7 +20,8 @@ KINDS = ("allreduce", "all_reduce", "allgather", "all_gather", "reduce_scatter",
 
 @dataclass
 class Traffic:
-    """Log the bytes of each kind of message to traffic-RANK.jsonl in the run's folder, a line a step."""
+    """Log the bytes of each kind of message, and of the parameters that the rank holds, to traffic-RANK.jsonl in the run's
+    folder, a line a step."""
 
     smallest: int = 17  # numbers in a message that counts: what every step sums besides is smaller
 
@@ -28,13 +30,15 @@ class Traffic:
     def apply(self, parts: list[nn.Module], layout) -> list[nn.Module]:
         COUNTER.bytes.clear()
         COUNTER.smallest = self.smallest
+        parameters = {p for part in parts for p in part.parameters()}
+        COUNTER.held = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in parameters)
         return parts
 
 
 class Counting(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.bytes, self.smallest = Counter(), 17
+        self.bytes, self.smallest, self.held = Counter(), 17, 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
@@ -61,7 +65,7 @@ def nanopre_run_start(run):
 @hookimpl
 def nanopre_step_end(run, step, metrics):
     with open(run.dir / f"traffic-{run.rank}.jsonl", "a") as file:
-        file.write(json.dumps(COUNTER.bytes) + "\n")
+        file.write(json.dumps({**COUNTER.bytes, "held": COUNTER.held}) + "\n")
     COUNTER.bytes.clear()
 
 
