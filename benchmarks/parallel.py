@@ -26,17 +26,13 @@ RUN = [
     "--train.batch_size=16", "--train.seq_len=256", "--train.samples=0", "--train.device=cpu", "--data.val_fraction=0",
     "--checkpoint.interval=0", f"--data.corpus={ROOT}/nanopre/*.py",
 ]  # fmt: skip
-PIPELINE = ["--parallel.pipeline.microbatches=8"]
 LAYOUTS = {  # (processes, threads of each, flags)
     "1 process, 2 threads": (1, 2, []),
-    "1 process, 1 thread": (1, 1, []),
     "1 process, 1 thread, 8 micro-batches": (1, 1, ["--train.micro_batch_size=2"]),
     "ddp 2": (2, 1, ["--parallel.ddp={}"]),
     "fsdp 2": (2, 1, ["--parallel.fsdp={}"]),
     "tensor 2": (2, 1, ["--parallel.tensor.degree=2"]),
-    "tensor 2, sequence parallel": (2, 1, ["--parallel.tensor.sequence_parallel=true"]),
-    "1f1b 2, 8 micro-batches": (2, 1, PIPELINE),
-    "gpipe 2, 8 micro-batches": (2, 1, [*PIPELINE, "--parallel.pipeline.schedule=gpipe"]),
+    "1f1b 2, 8 micro-batches": (2, 1, ["--parallel.pipeline.microbatches=8"]),
 }
 
 
@@ -58,7 +54,7 @@ def step_time(layout: str, steps: int, cache: Path, out: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="of each run (default: 12)")
+    parser.add_argument("--steps", type=int, default=8, help="of each run (default: 8)")
     parser.add_argument("--turns", type=int, default=3, help="in each of which every layout runs once (default: 3)")
     a = parser.parse_args()
     times: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
