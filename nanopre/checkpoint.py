@@ -383,8 +383,8 @@ def _optimizers_of(part: nn.Module, optimizers: Sequence) -> list:
 
 
 def load(checkpoint: Path, parts: Sequence[nn.Module], optimizers: Sequence = ()) -> dict:
-    """Fill the parts of the model, and the optimizers to go on with, from a checkpoint of any layout. Returns its info;
-    raises UserError as verify. Called on every rank; each reads what it needs.
+    """Fill the parts of the model, and the states of the optimizers to go on with, from a checkpoint of any layout. Returns
+    its info; raises UserError as verify. Called on every rank; each reads what it needs.
     """
     info = verify(checkpoint)
     if optimizers:
@@ -398,7 +398,12 @@ def load(checkpoint: Path, parts: Sequence[nn.Module], optimizers: Sequence = ()
     for part in parts:
         names, of_part = get_model_state_dict(part), _optimizers_of(part, optimizers)
         own = {name: weights[name] for name in names}
+        groups = [group for optimizer in of_part for group in optimizer.param_groups]
+        configured = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         set_state_dict(part, of_part, model_state_dict=own, optim_state_dict=states if of_part else {}, options=OPTIONS)
+        groups = [group for optimizer in of_part for group in optimizer.param_groups]
+        for group, options in zip(groups, configured, strict=True):  # the config's weight decay counts, not the checkpoint's
+            group.update(options)
     return info
 
 

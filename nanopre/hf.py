@@ -2,7 +2,9 @@
 
     python -m nanopre.hf import HF_FOLDER runs/NAME      a folder of config.json, weights, tokenizer.json to a run
     python -m nanopre.hf export runs/NAME HF_FOLDER      a run to a folder for AutoTokenizer and AutoModelForCausalLM,
-                                                         AutoModelForPreTraining (BERT) or AutoModelForSeq2SeqLM (T5)
+                                                         AutoModelForPreTraining (BERT) or AutoModelForSeq2SeqLM (T5);
+                                                         of a fine-tuned BERT AutoModelForSequenceClassification
+                                                         (classify) or AutoModelForQuestionAnswering (span_qa)
 
 Both ways are exact: the same logits from the same token ids, the same ids from the same text. What has no counterpart
 on the other side is refused; what is there for some objectives only, as BERT's heads, may be missing on either side.
@@ -27,8 +29,19 @@ import torch
 from torch import Tensor
 
 from nanopre import UserError, checkpoint, config as configs, distributed
-from nanopre.hf_families import BERT, BERT_WITHOUT_PAIRS, FAMILIES, GPT2, OBJECTIVES, T5_GATED, Family
-from nanopre.hf_tokenizer import read_tokenizer, write_tokenizer
+from nanopre.hf_families import (
+    BERT,
+    BERT_BY_HEAD,
+    BERT_CLASSIFIER,
+    BERT_READER,
+    BERT_WITHOUT_PAIRS,
+    FAMILIES,
+    GPT2,
+    OBJECTIVES,
+    T5_GATED,
+    Family,
+)
+from nanopre.hf_tokenizer import pair_template, read_tokenizer, write_tokenizer
 from nanopre.model import ModelConfig, Transformer
 from nanopre.tokenizer import Tokenizer
 
@@ -290,8 +303,9 @@ def export_model(run: str | Path, folder: str | Path) -> None:
     opened = checkpoint.open_run(run)
     config, tokenizer = opened.model.config, opened.tokenizer
     family = family_for(config, str(run))
-    if family is BERT and "nsp" not in opened.model.head.outputs:
-        family = BERT_WITHOUT_PAIRS
+    if family is BERT:
+        head = opened.model.head
+        family = BERT_BY_HEAD.get((*head.outputs, *(["pooler"] if head.pooler else [])), BERT_WITHOUT_PAIRS)
     tensors = to_hf(family, opened.model.state_dict(), config, str(run))
     if folder.exists():
         raise UserError(f"{folder}: is there already; choose a new folder.")
@@ -315,9 +329,15 @@ def export_model(run: str | Path, folder: str | Path) -> None:
         "model_max_length": config.seq_len,
         "clean_up_tokenization_spaces": False,
     }
+    if family in (BERT_CLASSIFIER, BERT_READER):  # they are called with texts
+        tokenizer_json = {**tokenizer_json, "post_processor": pair_template(special, tokenizer.cls, tokenizer.sep)}
+        tokenizer_config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if config.architecture == "encoder-decoder":
         ids["decoder_start"] = tokenizer.pad
     ids = {f"{role}_token_id": i for role, i in ids.items()}
+    if family is BERT_CLASSIFIER:
+        ids["id2label"] = dict(enumerate(opened.config.objective.labels))
+        ids["label2id"] = {label: i for i, label in ids["id2label"].items()}
     # As in sample.py, the rows that only pad the vocabulary are never chosen.
     generation = {**ids, "suppress_tokens": list(range(n_vocab, config.vocab_size))}
     files = {

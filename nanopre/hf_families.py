@@ -199,6 +199,14 @@ BERT = Family(
     optional=r"head\.",
 )
 BERT_WITHOUT_PAIRS = replace(BERT, architecture="BertForMaskedLM")
+BERT_CLASSIFIER = replace(
+    BERT, architecture="BertForSequenceClassification", modules=BERT.modules | {("head.outputs.label",): "classifier"}
+)
+BERT_READER = replace(
+    BERT, architecture="BertForQuestionAnswering", modules=BERT.modules | {("head.outputs.span",): "qa_outputs"}
+)
+BERT_BY_HEAD = {("nsp", "pooler"): BERT, ("label", "pooler"): BERT_CLASSIFIER, ("span",): BERT_READER}
+"""By what our head has beside the projection to the vocabulary, for an export."""
 
 T5 = Family(
     kind="t5",

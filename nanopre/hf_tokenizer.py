@@ -74,6 +74,22 @@ def write_tokenizer(tokenizer: Tokenizer | LibraryTokenizer, n_vocab: int) -> di
     }
 
 
+def pair_template(name: Mapping[int, str], cls: int, sep: int) -> dict[str, object]:
+    """The post_processor of a tokenizer.json that makes [CLS] A [SEP] of a text and [CLS] A [SEP] B [SEP] of two, the
+    second segment from B on. name: of the special tokens' ids."""
+
+    def special(token: int, segment: int) -> dict:
+        return {"SpecialToken": {"id": name[token], "type_id": segment}}
+
+    single = [special(cls, 0), {"Sequence": {"id": "A", "type_id": 0}}, special(sep, 0)]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}, special(sep, 1)],
+        "special_tokens": {name[i]: {"id": name[i], "ids": [i], "tokens": [name[i]]} for i in (cls, sep)},
+    }
+
+
 def read_tokenizer(data: Mapping, eos: int | None, where: str) -> Tokenizer | LibraryTokenizer:
     """Our tokenizer from the content of a tokenizer.json, which `where` names: the same ids for the same text.
 

@@ -382,7 +382,7 @@ def test_shakespeare_without_a_network_or_with_another_text_says_so(tmp_path, mo
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    options = {"name": "shakespeare", "cache_dir": str(tmp_path)}
+    options = {"name": "shakespeare", "path": str(tmp_path / "new" / "input.txt")}
     message = r"can't be downloaded from https://.*no route to host.*--data.corpus.path=FILE"
     with pytest.raises(UserError, match=message) as error:
         prepare(tmp_path, options)
@@ -390,8 +390,8 @@ def test_shakespeare_without_a_network_or_with_another_text_says_so(tmp_path, mo
     (tmp_path / "other.txt").write_text("To be")
     with pytest.raises(UserError, match="other.txt is not tinyshakespeare"):
         prepare(tmp_path, {**options, "path": str(tmp_path / "other.txt")})
-    with pytest.raises(UserError, match="nowhere.txt can't be read"):
-        prepare(tmp_path, {**options, "path": str(tmp_path / "nowhere.txt")})
+    with pytest.raises(UserError, match="can't be read or written .Is a directory."):
+        prepare(tmp_path, {**options, "path": str(tmp_path)})
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tinyshakespeare (shared/data/text) is not here")
@@ -409,13 +409,13 @@ def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
             return self.content
 
     _, registry = configs.from_dict({}, "test.toml")
-    dataset = registry.get("dataset", "shakespeare", "test")(cache_dir=str(tmp_path))
+    dataset = registry.get("dataset", "shakespeare", "test")(path=str(tmp_path / "new" / "input.txt"))
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Response())
     first = list(dataset.documents())
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("downloaded again"))
     assert list(dataset.documents()) == first
     Response.content = b"a login page"
-    (tmp_path / "tinyshakespeare.txt").unlink()
+    (tmp_path / "new" / "input.txt").unlink()
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Response())
     with pytest.raises(UserError, match="is not tinyshakespeare"):
         list(dataset.documents())

@@ -23,6 +23,7 @@ from test_model import bert, gpt2, llama, padded_batch, qwen3, redraw, t5, t5_1_
 
 from nanopre import UserError, checkpoint, config as configs, distributed, hf, hf_families
 from nanopre.corpus import _encode
+from nanopre.examples import Examples
 from nanopre.generate import generate
 from nanopre.hf_tokenizer import merges_of, read_tokenizer, write_tokenizer
 from nanopre.plugins import load_plugins
@@ -47,11 +48,11 @@ TEXTS = st.lists(
 
 
 def make_run(
-    folder: Path, tokenizer: Tokenizer, model: dict, seq_len: int = 32, objective: str = "clm"
+    folder: Path, tokenizer: Tokenizer, model: dict, seq_len: int = 32, objective: str = "clm", **options
 ) -> torch.nn.Module:
     """A run with one checkpoint of random weights, as train.py would leave it."""
     table = {"name": folder.name, "out_dir": str(folder.parent), "model": model, "train": {"seq_len": seq_len}}
-    table["objective"] = {"name": objective}
+    table["objective"] = {"name": objective, **options}
     config, _ = configs.from_dict(table, "test")
     made = redraw(distributed.build_model(config, tokenizer)).eval()
     checkpoint.create_run(folder, config, tokenizer)
@@ -372,6 +373,57 @@ def test_an_exported_encoder_is_the_same_model_and_comes_back_the_same(name, tmp
     assert all(map(torch.equal, back, right))
     note = f"nanopre.hf: {tmp_path}/hf: there are no weights for head.outputs.nsp, head.pooler: they start anew.\n"
     assert capsys.readouterr().err.endswith(note) == (name == "bert without pairs")
+
+
+BERT_TINY = dict(name="bert", **TINY)
+
+
+def test_an_exported_classifier_gives_texts_the_same_probabilities(tmp_path, objectives):
+    options = dict(pair="other", labels=["no", "perhaps", "yes"])
+    ours = make_run(tmp_path / "run", bytes_tokenizer(), BERT_TINY, 64, objective="classify", **options)
+    hf.export_model(tmp_path / "run", tmp_path / "hf")
+    theirs = load("AutoModelForSequenceClassification", tmp_path / "hf")
+    batch, their_batch, _ = padded_batch(theirs, (3, 31, 0), [31, 7, 2])
+    right = ours(**batch, loss=lambda head, h, _: head.output("label", h, pooled=True))
+    with torch.no_grad():
+        assert (right - theirs(**their_batch).logits).abs().max() < 1e-4
+    # And from texts, so that special tokens, segments and labels are the same, too.
+    run = checkpoint.open_run(tmp_path / "run")
+    classify = transformers.pipeline("text-classification", str(tmp_path / "hf"), top_k=None)
+    for a, b in (("the cat", "sees a bird"), ("", "naïve"), ("house", " ")):  # to transformers "" is no second text
+        expected = run.config.objective.sample(run, f"{a}\t{b}", {})["probabilities"]
+        made = {row["label"]: row["score"] for row in classify([{"text": a, "text_pair": b}])[0]}
+        assert made == pytest.approx(expected, abs=1e-5) and len(made) == 3
+
+
+def test_an_exported_classifier_of_single_texts_has_its_labels(tmp_path, objectives):
+    make_run(tmp_path / "run", bytes_tokenizer(), BERT_TINY, 64, objective="classify", labels=["no", "yes"])
+    hf.export_model(tmp_path / "run", tmp_path / "hf")
+    run = checkpoint.open_run(tmp_path / "run")
+    expected = run.config.objective.sample(run, "the cat", {})
+    (made,) = transformers.pipeline("text-classification", str(tmp_path / "hf"))("the cat")
+    assert made["label"] == expected["label"]
+    assert made["score"] == pytest.approx(max(expected["probabilities"].values()), abs=1e-5)
+
+
+def test_an_exported_reader_points_at_the_same_tokens(tmp_path, objectives):
+    ours = make_run(tmp_path / "run", bytes_tokenizer(), BERT_TINY, 64, objective="span_qa")
+    hf.export_model(tmp_path / "run", tmp_path / "hf")
+    theirs = load("AutoModelForQuestionAnswering", tmp_path / "hf")
+    question, context = "Who sees?", "The cat sees a bird, naïve as it is."
+    rows = {"question": [question], "context": [context], "answer": [""], "answer_start": [""]}
+    batch = checkpoint.open_run(tmp_path / "run").config.objective.batch(
+        Examples(rows, bytes_tokenizer()), np.arange(1), 64, None
+    )
+    inputs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")(question, context, return_tensors="pt")
+    n = int(batch["visible"][0])
+    assert inputs["input_ids"][0].tolist() == batch["tokens"][0, :n].tolist()
+    assert inputs["token_type_ids"][0].tolist() == batch["segments"][0, :n].tolist()
+    batch = {key: torch.from_numpy(array) for key, array in batch.items()}
+    right = ours(**batch, loss=lambda head, h, _: head.output("span", h))[0, :n]
+    with torch.no_grad():
+        made = theirs(**inputs)
+    assert_near((made.start_logits[0], made.end_logits[0]), right.unbind(1))
 
 
 def test_an_exported_encoder_decoder_writes_the_same_text(tmp_path, objectives):

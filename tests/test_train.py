@@ -315,6 +315,20 @@ def test_what_the_weights_cannot_follow_is_not_resumed(tiny, tmp_path, model, fl
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("optimizer, option, value", [("adamw", "weight_decay", 0.5), ("muon", "momentum", 0.5)])
+def test_an_optimizer_goes_on_with_the_options_that_are_asked_for(tiny, tmp_path, optimizer, option, value):
+    folder = run(tiny, "a", "--train.steps=2", f"--optimizer.name={optimizer}", tmp_path=tmp_path)
+    config = configs.load(folder / "config.toml", [f"--optimizer.{option}={value}"])[0]
+    opened = checkpoint.open_run(folder)
+    asked, resumed = (config.optimizer.build(opened.model) for _ in range(2))
+    checkpoint.load(opened.checkpoint, [opened.model], resumed)
+    for one, other in zip(asked, resumed, strict=True):
+        assert other.state  # the moments have come from the checkpoint
+        for a, b in zip(one.param_groups, other.param_groups, strict=True):
+            assert {k: v for k, v in a.items() if k != "params"} == {k: v for k, v in b.items() if k != "params"}
+    assert resumed[0].param_groups[0][option] == value
+
+
 def test_a_resumed_run_is_the_run_that_it_was(tiny, tmp_path):
     folder = run(tiny, "a", tmp_path=tmp_path)
     for text in ("--name=b", "--out_dir=elsewhere"):

@@ -20,15 +20,14 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 class Shakespeare:
     """tinyshakespeare, downloaded once; the first 90% of the characters train, the rest validates, as in nanoGPT."""
 
-    path: str = ""  # a copy of input.txt, for use without a network
-    cache_dir: str = "cache"  # where the download is kept
+    path: str = "cache/tinyshakespeare.txt"  # of input.txt, which is downloaded to there where it is missing
 
     def text(self) -> str:
-        file = Path(self.path or Path(self.cache_dir) / "tinyshakespeare.txt")
+        file = Path(self.path)
         try:
-            content = file.read_bytes() if self.path or file.exists() else self.download(file)
+            content = file.read_bytes() if file.exists() else self.download(file)
         except OSError as error:
-            raise UserError(f"data.corpus: {file} can't be read ({error.strerror}).") from None
+            raise UserError(f"data.corpus: {file} can't be read or written ({error.strerror}).") from None
         if (found := hashlib.sha256(content).hexdigest()) != SHA256:
             hashes = f"its sha256 is {found[:12]}..., not {SHA256[:12]}..."
             raise UserError(f"data.corpus: {file} is not tinyshakespeare ({hashes}).")

@@ -26,26 +26,15 @@ class BERT:
         self.settings(vocab_size=1, seq_len=1)
 
     def settings(self, vocab_size: int, seq_len: int) -> ModelConfig:
-        return ModelConfig(
-            architecture="encoder",
-            vocab_size=self.vocab_size or vocab_size,
-            seq_len=seq_len,
-            d_model=self.d_model,
-            n_layers=self.n_layers,
-            n_heads=self.n_heads,
-            n_kv_heads=self.n_heads,
+        return encoder(
+            self,
+            vocab_size,
+            seq_len,
             d_ff=self.d_ff or 4 * self.d_model,
             positions=self.positions,
-            norm="layernorm",
-            norm_eps=self.norm_eps,
             post_norm=True,
-            embedding_norm=True,
-            n_segments=2,
-            transform=True,
             activation="gelu",
             bias=True,
-            tie_embeddings=True,
-            dropout=self.dropout,
         )
 
     def build(self, vocab_size: int, seq_len: int) -> Transformer:
@@ -69,30 +58,40 @@ class ModernEncoder:
         self.settings(vocab_size=1, seq_len=1)
 
     def settings(self, vocab_size: int, seq_len: int) -> ModelConfig:
-        return ModelConfig(
-            architecture="encoder",
-            vocab_size=self.vocab_size or vocab_size,
-            seq_len=seq_len,
-            d_model=self.d_model,
-            n_layers=self.n_layers,
-            n_heads=self.n_heads,
-            n_kv_heads=self.n_heads,
+        return encoder(
+            self,
+            vocab_size,
+            seq_len,
             d_ff=self.d_ff or 3 * self.d_model // 2,
             positions="rope",
-            norm="layernorm",
-            norm_eps=self.norm_eps,
-            embedding_norm=True,
-            n_segments=2,
-            transform=True,
             activation="geglu",
             bias=False,
-            tie_embeddings=True,
             rope_theta=self.rope_theta,
-            dropout=self.dropout,
         )
 
     def build(self, vocab_size: int, seq_len: int) -> Transformer:
         return Transformer(self.settings(vocab_size, seq_len))
+
+
+def encoder(options, vocab_size: int, seq_len: int, **others) -> ModelConfig:
+    """The settings of either family: those that both have, sizes from the family's options, and `others`."""
+    return ModelConfig(
+        architecture="encoder",
+        vocab_size=options.vocab_size or vocab_size,
+        seq_len=seq_len,
+        d_model=options.d_model,
+        n_layers=options.n_layers,
+        n_heads=options.n_heads,
+        n_kv_heads=options.n_heads,
+        norm="layernorm",
+        norm_eps=options.norm_eps,
+        embedding_norm=True,
+        n_segments=2,
+        transform=True,
+        tie_embeddings=True,
+        dropout=options.dropout,
+        **others,
+    )
 
 
 @hookimpl
