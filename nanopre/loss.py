@@ -34,7 +34,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         h_gradient = torch.empty_like(h) if with_gradient else None
         w_gradient = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         b_gradient = torch.zeros_like(bias, dtype=torch.float32) if with_gradient and bias is not None else None
-        total, correct = h.new_zeros((2,), dtype=torch.float32).unbind()
+        total, correct = (torch.zeros((), device=h.device) for _ in range(2))  # no views, which FSDP would warn of
         rows = max(1, LinearCrossEntropy.LOGITS_PER_CHUNK // weight.shape[0])
         for h_part, t_part, g_part in zip(
             h.split(rows), targets.split(rows), h_gradient.split(rows) if with_gradient else h.split(rows), strict=True

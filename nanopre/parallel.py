@@ -277,13 +277,14 @@ def clip_gradients(layout: Layout, parts: Sequence[nn.Module], max_norm: float) 
                 gradients.append(_local(p.grad))
                 weights.append(1 / _copies(layout, p) if counts else 0.0)
     norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
-    square = (norms.square() * torch.tensor(weights, device=norms.device)).sum()
+    square = (norms.square() * torch.tensor(weights, device=norms.device)).sum().to(layout.world.device)  # if offloaded
     if layout.world.size > 1:
         dist.all_reduce(square)
     norm = square.sqrt()
     if max_norm > 0:
         scale = max_norm / (norm + 1e-6)
-        torch._foreach_mul_(gradients, torch.where((scale < 1) & norm.isfinite(), scale, 1.0))
+        scale = torch.where((scale < 1) & norm.isfinite(), scale, 1.0)
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device))
     return norm
 
 

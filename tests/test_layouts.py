@@ -42,6 +42,8 @@ LAYOUTS = {
     "ddp 2": (2, {"ddp": {}}, 0),
     "ddp 2, accumulation": (2, {"ddp": {}}, 2),
     "fsdp 2": (2, {"fsdp": {}}, 0),
+    "fsdp 2, stage 2": (2, {"fsdp": {"reshard_after_forward": False}}, 2),
+    "fsdp 2, cpu_offload": (2, {"fsdp": {"cpu_offload": True}}, 0),
     "tensor 2": (2, {"tensor": {}}, 0),
     "tensor 2, sequence parallel": (2, {"tensor": {"sequence_parallel": True}}, 0),
     "gpipe 2": (2, {"pipeline": {**PIPELINE, "schedule": "gpipe"}}, 0),
@@ -294,6 +296,8 @@ def deviation(ranks, single, text):
         errors = [error for _, _, error in results if error]
         if errors:
             raise RuntimeError(errors[0])
+        warned = [line for _, output, _ in results for line in output.splitlines() if "Warning" in line]
+        assert not warned, warned[0]
         their_lines, their_gradients = measured(folder)
         assert their_gradients.keys() == gradients.keys()
         both = [(ours[key], theirs[key]) for ours, theirs in zip(lines, their_lines, strict=True)
@@ -313,6 +317,12 @@ def agrees(deviation):
         assert losses < 2e-5 and gradients < 1e-5
 
     return check
+
+
+def test_bfloat16_parameters_and_sums_of_fsdp_follow_float32(deviation):
+    options = {"fsdp": {"param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}}
+    losses, gradients = deviation("gpt2", 2, options, 0)
+    assert 1e-5 < losses < 0.03 and gradients < 0.1
 
 
 @pytest.mark.parametrize("name, layout", [("llama", "fsdp 2"), ("t5", "tensor 2, sequence parallel"), ("gpt2", "1f1b 2")])

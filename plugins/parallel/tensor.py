@@ -163,7 +163,7 @@ class _Function(torch.autograd.Function):
         h_gradient = torch.zeros_like(h, dtype=torch.float32)
         w_gradient = torch.zeros_like(weight)
         b_gradient = None if bias is None else torch.zeros_like(bias)
-        total, correct = h.new_zeros((2,), dtype=torch.float32).unbind()
+        total, correct = (torch.zeros((), device=h.device) for _ in range(2))
         rows = max(1, LinearCrossEntropy.LOGITS_PER_CHUNK // n_local)
         for h_part, t_part, g_part in zip(h.split(rows), targets.split(rows), h_gradient.split(rows), strict=True):
             x = h_part.to(dtype)
