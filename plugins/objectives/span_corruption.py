@@ -38,7 +38,8 @@ class SpanCorruption:
         sentinel with what it hid, then the end of text. "text_at" and "marks_at" are the targets that are text, and those
         that are not.
 
-        A row is made from raw_length tokens, without regard to documents, by nanopre.spans.corrupt.
+        A row is made from raw_length tokens, without regard to documents, by nanopre.spans.corrupt. As in T5's own packing,
+        the end of a document inside it is text like any other, and may be hidden: only so is every row of one width.
         """
         length = raw_length(seq_len, self.noise_density, self.mean_span_length)
         noise, spans = noise_counts(length, self.noise_density, self.mean_span_length)
