@@ -16,7 +16,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, read_log, run_script
 from ranks import Ranks
 
-from nanopre import checkpoint, config as configs, distributed
+from nanopre import UserError, checkpoint, config as configs, distributed
 
 
 def tiny_table(folder: str, **sections) -> dict:
@@ -237,3 +237,20 @@ def test_tracing_hooks_does_not_stop_many_ranks(folder):
     assert result.returncode == 0, result.stderr
     assert "nanopre_step_end" in result.stdout + result.stderr
     assert len(json.loads((folder / "runs" / "run" / "log.jsonl").read_text().splitlines()[-1])) > 3
+
+
+def test_bytes_that_were_lost_load_without_an_error_but_for_our_checksums(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.toml").touch()
+    part = torch.nn.Linear(64, 64, bias=False)
+    folder = checkpoint.save(tmp_path, 1, [part], [], {})
+    (file,) = folder.glob("*.distcp")
+    data = bytearray(file.read_bytes())
+    at = data.index(part.weight.detach().numpy().tobytes()[:64])
+    data[at : at + 64] = bytes(64)
+    file.write_bytes(data)
+    state = {"model": {"weight": torch.empty(64, 64)}}
+    torch.distributed.checkpoint.load(state, checkpoint_id=folder, no_dist=True)
+    assert (state["model"]["weight"] != part.weight).any()  # nothing was said
+    with pytest.raises(UserError, match="damaged .*the checksum differs"):
+        checkpoint.load(folder, [part])

@@ -181,3 +181,53 @@ def test_the_layout_is_told_and_saved_with_the_run(tiny, tmp_path):
     assert saved.parallel["tensor"].sequence_parallel and saved.parallel["pipeline"].microbatches == 2
     noise = [line for line in result.stderr.splitlines() if "torch.distributed.run" not in line and line.strip()]
     assert not noise, noise
+
+
+# Silent failures of the engines that the model's own cut avoids (for the others, test_layouts.py).
+
+
+def fused_and_separate() -> tuple[float, float]:
+    """How far attention over two ranks is from the whole: with query, key and value as one matrix, and as three."""
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    from nanopre import distributed, model as models
+
+    config = models.ModelConfig(
+        vocab_size=64, seq_len=8, d_model=32, n_layers=1, n_heads=4, n_kv_heads=4, d_ff=32, positions="rope",
+        norm="rmsnorm", norm_eps=1e-5, activation="swiglu", bias=False, tie_embeddings=False,
+    )  # fmt: skip
+
+    class Fused(nn.Module):
+        def __init__(self, attention):
+            super().__init__()
+            self.qkv = nn.Linear(32, 96, bias=False)
+            self.qkv.weight = nn.Parameter(torch.cat([p.weight for p in (attention.q, attention.k, attention.v)]).detach())
+            self.out = nn.Linear(32, 32, bias=False)
+            self.out.weight = nn.Parameter(attention.out.weight.detach().clone())
+            self.split, self.rope = attention.split, attention.rope
+
+        def forward(self, h):
+            q, k, v = map(self.split, self.qkv(h).chunk(3, dim=-1))
+            table = self.rope[:, : h.shape[1]]
+            a = models.attend(models.rotate(q, table), models.rotate(k, table), v)
+            return self.out(a.transpose(1, 2).reshape(*h.shape[:2], -1))
+
+    torch.manual_seed(0)
+    attention, h = models.Attention(config, "causal"), torch.randn(2, 8, 32)
+    fused, whole = Fused(attention), attention(h).detach()
+    assert (fused(h) - whole).abs().max() < 1e-6
+    with distributed.start(torch.device("cpu")):
+        mesh = init_device_mesh("cpu", (2,))
+        parallelize_module(fused, mesh, {"qkv": ColwiseParallel(), "out": RowwiseParallel()})
+        separate = {**dict.fromkeys("qkv", ColwiseParallel()), "out": RowwiseParallel()}
+        parallelize_module(attention, mesh, separate)
+        return (fused(h) - whole).abs().max().item(), (attention(h) - whole).abs().max().item()
+
+
+def test_query_key_and_value_are_three_matrices_because_one_splits_wrongly_without_an_error(ranks):
+    for result, _, error in ranks.run(2, fused_and_separate):
+        assert error is None, error
+        fused, separate = result
+        assert separate < 1e-6 and fused > 1e-2
