@@ -1,5 +1,6 @@
 """Fully sharded data parallelism: each rank keeps a shard of the parameters, gradients and optimizer states."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,9 @@ class FSDP:
         )
         offload = CPUOffloadPolicy(pin_memory=layout.mesh.device_type == "cuda") if self.cpu_offload else OffloadPolicy()
         options = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+        # FSDP's autograd function makes views of a block's inputs, so a stream that a block hands on unchanged (the encoder's
+        # output) leaves it as a view. The warning is of writing to such a view in place; no block writes to a stream.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
         for part in parts:
             for block in part.blocks.values():
                 fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
