@@ -71,6 +71,11 @@ class Runs:
         if (found := len(np.unique(self.params))) < sizes:
             raise UserError(f"{what} needs models of at least {sizes} sizes; the runs have {found}.")
 
+    def need_spread(self, column: str, what: str) -> None:
+        """Raises UserError where all points have one value."""
+        if len(found := np.unique(getattr(self, column))) < 2:
+            raise UserError(f"{what} needs more than one value of {column}; of all points it is {found[0]:g}.")
+
 
 Record = tuple[str, dict[str, object]]  # where it stands, as messages name it; and its values
 
