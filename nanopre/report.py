@@ -192,13 +192,13 @@ def draw_contours(axes: Axes, runs: Runs, fit: Fit) -> None:
     axes.scatter(runs.flops, runs.params, s=12, c=runs.loss, zorder=3, label="runs", **edges, **colours)
     budgets = np.logspace(*log_c, 100)
     best = fit.law.allocate(budgets)
+    training = 6 * best.params * best.tokens  # less than the budget where that pays for inference, too
     # Each line's number stands at the right, where the model is smaller than the best.
     at = int(0.93 * c.shape[1])
-    below = n[:, at] < np.interp(c[0, at], budgets, best.params)
+    below = n[:, at] < np.interp(c[0, at], training, best.params)
     rising = loss[below, at][::-1]
     where = [(c[0, at], np.interp(level, rising, n[below, at][::-1])) for level in levels if rising[0] < level < rising[-1]]
     axes.clabel(lines, fontsize=7, fmt="%.2f", manual=where)
-    training = 6 * best.params * best.tokens  # less than the budget where that pays for inference, too
     axes.plot(training, best.params, color=FITTED, lw=1.8, label="efficient frontier")
     if interval := fit.interval(lambda law: law.allocate(budgets).params):
         axes.fill_between(training, *interval, color=FITTED, alpha=0.18, lw=0, label="95% interval")
