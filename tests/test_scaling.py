@@ -51,9 +51,9 @@ KNOWN = Additive(A=420.0, B=1800.0, E=1.75, alpha=0.34, beta=0.37)
 @measured
 def test_parametric_on_the_points_of_chinchilla():
     runs = points("chinchilla_points", without_highest=5)
-    began = time.process_time()
+    began = time.perf_counter()
     law = analyzer("parametric").fit(runs)
-    assert len(runs) == 240 and time.process_time() - began < 5
+    assert len(runs) == 240 and time.perf_counter() - began < 5
     assert huber(np.log(law.predict(runs.params, runs.tokens) / runs.loss)) <= 1.01830e-3
     assert law.alpha == pytest.approx(0.347310, abs=0.0005) and law.beta == pytest.approx(0.367172, abs=0.001)
     assert law.beta / (law.alpha + law.beta) == pytest.approx(0.51390, abs=0.001)
@@ -476,9 +476,9 @@ def test_a_short_bootstrap_has_errors_of_the_right_size():
 @pytest.mark.slow
 def test_the_bootstrap_of_chinchillas_points():
     runs = points("chinchilla_points", without_highest=5)
-    began = time.process_time()
+    began = time.perf_counter()
     found = fit(analyzer("parametric"), "parametric", runs, bootstrap=1000)
-    assert time.process_time() - began < 60 and len(found.samples) == 1000
+    assert time.perf_counter() - began < 60 and len(found.samples) == 1000
     errors = {name: np.std([getattr(law, name) for law in found.samples], ddof=1) for name in ("A", "B", "E", "alpha", "beta")}
     assert errors["alpha"] == pytest.approx(0.0151, rel=0.1) and errors["beta"] == pytest.approx(0.0206, rel=0.1)
     assert errors["E"] == pytest.approx(0.025, rel=0.1)
