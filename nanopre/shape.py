@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import Any
 
 from nanopre import UserError
@@ -13,8 +12,8 @@ from nanopre.cost import parameters
 from nanopre.model import ModelConfig
 
 RULE = (
-    "d_model / n_layers is 64 up to 1e8 parameters and 128 from 7e9 on, as GPT-2, GPT-3 and LLaMA have it, and grows evenly with "
-    "log N between them (the loss hardly depends on it: Kaplan et al., 2020, section 3.2; it should grow: Levine et al., 2020)"
+    "d_model / n_layers = 64 up to 1e8 parameters, 128 from 7e9 on, as GPT-2, GPT-3 and LLaMA have it, even in log N between "
+    "(the loss hardly depends on it: Kaplan et al., 2020, section 3.2; it should grow: Levine et al., 2020)"
 )
 WIDTH_STEPS = ((256, 32), (1024, 64), (4096, 256), (math.inf, 1024))
 """Below which width d_model is a multiple of what. From 4,096 on there are 8, 16, 24 ... heads of 128, which 8 heads of keys
@@ -29,14 +28,7 @@ VOCABULARIES = [BYTES, *(2**k for k in range(9, 18))]  # up to 131,072
 
 
 def build(
-    name: str,
-    family: type,
-    n: float,
-    seq_len: int,
-    vocab_size: int = 0,
-    multiple: int = 64,
-    aspect: float = 0.0,
-    fixed: Mapping[str, Any] = MappingProxyType({}),
+    name: str, family: type, n: float, seq_len: int, vocab_size: int = 0, multiple: int = 64
 ) -> tuple[dict[str, Any], int, ModelConfig]:
     """(options of [model] for about `n` parameters, embeddings included; tokens of the vocabulary; the model's settings).
 
@@ -44,8 +36,6 @@ def build(
     vocab_size: the tokenizer's; 0: the largest of VOCABULARIES that leaves four fifths of the parameters to the blocks.
         LLaMA 3 8B (128,256 tokens, 13% of the parameters) and TinyLlama 1.1B (32,000, 12%) keep to that.
     multiple: the rows of the embedding are rounded up to a multiple of it.
-    aspect: d_model / n_layers; 0: RULE's.
-    fixed: options that are given, and have a part in the parameters.
 
     Of all pairs of depth and width near the rule it takes the one with the least |log(parameters / n)|, plus a tenth of
     |log(aspect ratio / the rule's)|: being 3% too large counts as much as being 30% too wide. What is then left of the
@@ -59,13 +49,13 @@ def build(
             f"--family {name}: has no settings(), or lacks one of the options d_model, n_layers, n_heads and vocab_size, by "
             "which a shape is found; choose another one, llama for example."
         )
-    aspect = aspect or aspect_ratio(n)
+    aspect = aspect_ratio(n)
     candidates = []
     for d_model in widths((aspect * n / 12) ** (1 / 3)):  # a block has about 12 d_model**2 parameters
         options = {"d_model": d_model, "n_layers": 1, **heads(d_model)}
         if n < TIED:
             options["tie_embeddings"] = True
-        options = {key: value for key, value in options.items() if key in known} | fixed
+        options = {key: value for key, value in options.items() if key in known}
         tables = 1 if family(**options).settings(1, 1).tie_embeddings else 2
         small = [v for v in VOCABULARIES if tables * v * d_model <= n / 5]
         tokens = vocab_size or max(small, default=BYTES)
@@ -80,7 +70,7 @@ def build(
             candidates.append((off, {**options, "n_layers": n_layers}, tokens))
     _, options, tokens = min(candidates, key=lambda candidate: candidate[0])
     config = family(**options).settings(tokens, seq_len)
-    if "d_ff" in known - fixed.keys():
+    if "d_ff" in known:
         unit = below(MLP_STEPS, options["d_model"])
         wider = family(**options, d_ff=config.d_ff + unit).settings(tokens, seq_len)
         missing = n - parameters(config)["total"]
