@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from pathlib import Path
+from typing import Any
 
-from nanopre import UserError
+import numpy as np
+
+from nanopre import UserError, config as configs, report, scaling
+from nanopre.plugins import Registry, load_plugins
+from nanopre.runs import Runs, read_runs
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,12 +29,162 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> None:
     parser = Parser(prog="plan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in ():
+    for add in (add_fit, add_compare):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     a = parser.parse_args(argv)
     result, text = a.run(a)
     print(json.dumps(result, indent=1) if a.json else text)
+
+
+def positive(kind: type, zero: bool = False):
+    """A type of argparse: a finite number above zero, or from zero on."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (0 <= value < math.inf) or (value == 0 and not zero):
+            raise argparse.ArgumentTypeError(f"{text} must be {'at least' if zero else 'above'} 0 and finite")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"  # argparse: "invalid whole number value: 'x'"
+    return parse
+
+
+# fit and compare: laws of measured runs.
+
+
+def add_fit(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("fit", help="fit a scaling law to measured runs", allow_abbrev=False)
+    command.add_argument("--analyzer", default="parametric", help="which law (default: parametric)")
+    command.add_argument("--flops", type=positive(float), help="also say how the law would spend this budget")
+    command.add_argument("--out", metavar="FILE", help="write the law, for plan.py budget --law FILE")
+    add_runs(command, bootstrap=200)
+    command.set_defaults(run=run_fit)
+    return command
+
+
+def add_compare(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("compare", help="fit every law to the same runs, side by side", allow_abbrev=False)
+    command.add_argument("--flops", type=positive(float), help="the budget to compare at (default: 10 times the largest run's)")
+    add_runs(command, bootstrap=100)
+    command.set_defaults(run=run_compare)
+    return command
+
+
+def add_runs(command: argparse.ArgumentParser, bootstrap: int) -> None:
+    """What `fit` and `compare` both take."""
+    command.add_argument("runs", nargs="+", help="folders of runs, .csv or .jsonl files with params, tokens, loss")
+    command.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="as params=N: a file's column")
+    command.add_argument("--metric", default="val_loss", help="of log.jsonl, what is the loss (default: val_loss)")
+    command.add_argument("--last", action="store_true", help="only the last point of each run")
+    command.add_argument("--drop-highest", type=positive(int, zero=True), default=0, metavar="K", help="without the K highest losses")
+    command.add_argument("--option", action="append", default=[], metavar="NAME.KEY=VALUE", help="an analyzer's option")
+    command.add_argument("--plugins", action="append", default=[], metavar="PATH", help="a file or folder of plugins")
+    command.add_argument(
+        "--bootstrap", type=positive(int, zero=True), default=bootstrap, metavar="N",
+        help=f"resamples that intervals are from (default: {bootstrap})",
+    )  # fmt: skip
+    command.add_argument("--seed", type=positive(int, zero=True), default=0, help="of the resamples (default: 0)")
+    command.add_argument("--figures", metavar="FOLDER", help="write a PNG for each law")
+    command.add_argument("--report", metavar="FILE.html", help="write one page with tables and figures")
+
+
+def run_fit(a: argparse.Namespace) -> tuple[dict, str]:
+    plugins = load_plugins(a.plugins, where="--plugins")
+    runs = chosen_runs(a)
+    (analyzer,) = analyzers(a, plugins, [a.analyzer]).values()
+    fit = scaling.fit(analyzer, a.analyzer, runs, a.bootstrap, a.seed)
+    if a.out:
+        write(a.out, json.dumps(fit.to_dict()))
+    write_figures(a, {a.analyzer: analyzer}, {a.analyzer: fit}, runs, a.flops)
+    result = fit.to_dict()
+    if a.flops:
+        result["allocation"] = allocation(fit, a.flops)
+    return result, report.fit_text(fit, runs, a.flops)
+
+
+def run_compare(a: argparse.Namespace) -> tuple[dict, str]:
+    plugins = load_plugins(a.plugins, where="--plugins")
+    runs = chosen_runs(a)
+    flops = a.flops or 10 * runs.flops.max()
+    chosen = analyzers(a, plugins, sorted(plugins.offers("analyzer")))
+    fits: dict[str, scaling.Fit | str] = {}
+    for name, analyzer in chosen.items():
+        try:
+            fits[name] = scaling.fit(analyzer, name, runs, a.bootstrap, a.seed)
+        except UserError as error:
+            fits[name] = str(error)
+    write_figures(a, chosen, fits, runs, flops)
+    rows = {
+        name: {"reason": fit} if isinstance(fit, str) else fit.to_dict() | {"allocation": allocation(fit, flops)}
+        for name, fit in fits.items()
+    }
+    return {"flops": flops, "laws": rows}, report.comparison_text(fits, runs, flops)
+
+
+def chosen_runs(a: argparse.Namespace) -> Runs:
+    """The points that the flags name."""
+    columns = {}
+    for text in a.column:
+        ours, equals, theirs = text.partition("=")
+        if not (ours and equals and theirs):
+            raise UserError(f"--column {text}: it must be like params=N, nanopre's name first.")
+        columns[ours] = theirs
+    runs = read_runs(a.runs, columns, a.metric)
+    if a.last:
+        runs = runs.last()
+    if a.drop_highest >= len(runs):
+        raise UserError(f"--drop-highest {a.drop_highest}: the runs have {len(runs)} points.")
+    return runs[np.sort(np.argsort(runs.loss, kind="stable")[: len(runs) - a.drop_highest])]
+
+
+def analyzers(a: argparse.Namespace, plugins: Registry, names: list[str]) -> dict[str, Any]:
+    """The analyzers of these names, with the options that --option gives them."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name in names:
+        plugins.get("analyzer", name, "--analyzer")
+        tables[name] = {"name": name}
+    for text in a.option:
+        key, value, _ = configs.parse_override(f"--{text}")
+        name, dot, option = key.partition(".")
+        if not dot or name not in tables:
+            raise UserError(f"--option {text}: it must be like {names[0]}.KEY=VALUE, with the name of {' or '.join(names)}.")
+        tables[name][option] = value
+    return {name: configs.build_plugin(plugins, "analyzer", table, f"--option {name}") for name, table in tables.items()}
+
+
+def allocation(fit: scaling.Fit, flops: float) -> dict[str, Any]:
+    """How the law spends a budget: params, tokens and loss, each with its 95% interval."""
+    best = fit.law.allocate(flops)
+    intervals = {name: fit.interval(lambda law, name=name: getattr(law.allocate(flops), name)) for name in best._fields}
+    return scaling.plain({"flops": flops, **best._asdict(), "intervals": {k: v for k, v in intervals.items() if v}})
+
+
+def write_figures(a: argparse.Namespace, chosen: dict, fits: dict, runs: Runs, flops: float | None) -> None:
+    """The PNGs and the page that --figures and --report ask for."""
+    if not (a.figures or a.report):
+        return
+    fitted = {name: fit for name, fit in fits.items() if isinstance(fit, scaling.Fit)}
+    figures = {
+        name: report.figure(lambda figure, name=name, fit=fit: chosen[name].draw(figure, runs, fit))
+        for name, fit in fitted.items()
+        if hasattr(chosen[name], "draw")
+    }
+    if flops and fitted:
+        figures["compare"] = report.comparison_figure(fitted, runs, flops)
+    if a.figures:
+        for name, png in figures.items():
+            write(Path(a.figures) / f"{name}.png", png)
+    if a.report:
+        write(a.report, report.page(runs, fits, figures, flops))
+
+
+def write(path: str | Path, content: str | bytes) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}).") from None
 
 
 if __name__ == "__main__":

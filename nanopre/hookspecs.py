@@ -170,8 +170,8 @@ def nanopre_analyzers(register: Register) -> None:
     And where it needs them:
     refit(runs, law) -> law, from the estimates of an earlier law of nearly the same runs: what a bootstrap calls, if faster.
     notes(runs, law) -> list of sentences: what is worth telling besides the estimates, warnings among them.
-    draw(axes, runs, fit): the points that the law was fitted on, and the law, on matplotlib's axes; `fit` is a
-        nanopre.scaling.Fit. Labels its axes and what it draws.
+    draw(figure, runs, fit): the points that the law was fitted on, and the law, on an empty matplotlib figure; `fit` is a
+        nanopre.scaling.Fit. Pieces to draw with are in nanopre.report.
     """
 
 

@@ -208,14 +208,16 @@ PUBLISHED: dict[str, tuple[Law, str]] = {
     # The exponents as printed, 0.34 and 0.28, move the best model at 5.76e23 FLOPs from 40B to 32B: these are unrounded.
     "chinchilla-3": (
         Additive(math.exp(6.0073404), math.exp(6.0179186), math.exp(0.5267228), 0.33917084, 0.2849083),
-        f"the parametric fit, Hoffmann et al. (2022), equation 10, unrounded as in the source of arXiv:2203.15556; {CHINCHILLA}",
+        f"the parametric fit, unrounded, Hoffmann et al. (2022), equation 10; {CHINCHILLA}",
     ),
     "besiroglu": (
         Additive(482.01, 2085.43, 1.8172, 0.3478, 0.3658),
-        f"the parametric fit anew, Besiroglu et al. (2024), equation 4; points read off the first source's figure 4; {CHINCHILLA}",
+        f"the parametric fit anew, Besiroglu et al. (2024), equation 4; {CHINCHILLA}",
     ),
-    "muennighoff": (  # unrounded, as in the authors' code; rounded to 521, 1488, 1.87 it fits their runs as well
-        DataConstrained(math.exp(6.255414), math.exp(7.3049974), math.exp(0.6254804), 0.3526596, 0.3526596, 15.387756, 5.309743),
+    "muennighoff": (  # unrounded, as in the authors' code
+        DataConstrained(
+            math.exp(6.255414), math.exp(7.3049974), math.exp(0.6254804), 0.3526596, 0.3526596, 15.387756, 5.309743
+        ),
         "repeated data, Muennighoff et al. (2023), appendix A; N: all parameters; C = 6 N D; loss on C4, GPT-2's 50k tokens",
     ),
 }

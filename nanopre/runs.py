@@ -53,6 +53,25 @@ class Runs:
         """The points of a mask or of an array of indices."""
         return Runs(**{field.name: getattr(self, field.name)[index] for field in dataclasses.fields(self)})
 
+    @staticmethod
+    def concatenate(parts: Sequence[Runs]) -> Runs:
+        names = [field.name for field in dataclasses.fields(Runs)]
+        return Runs(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+    def cut(self, label: object, flops: np.ndarray) -> Runs:
+        """One run's curve at these FLOPs: loss and tokens on straight lines between its points in logarithms; nan outside."""
+        curve = self[self.run == label]
+        curve = curve[np.argsort(curve.flops, kind="stable")]
+
+        def at(column: np.ndarray) -> np.ndarray:
+            # A curve of one point is at its own FLOPs, whatever their last digit.
+            x, y = np.log(curve.flops), np.log(column)
+            inside = (np.log(flops) >= x[0] - 1e-9) & (np.log(flops) <= x[-1] + 1e-9)
+            return np.where(inside, np.exp(np.interp(np.log(flops), x, y)), np.nan)
+
+        count = len(flops)
+        return Runs(np.full(count, curve.params[0]), at(curve.tokens), at(curve.loss), flops, np.full(count, label))
+
     def without_embeddings(self) -> Runs:
         """The same with N and 6 N D that leave the embeddings out. Raises UserError where they are not known."""
         if np.isnan(self.embedding_params).any():

@@ -50,7 +50,7 @@ class Fit:
         """For JSON, which has no nan: what is not known is None."""
         names = list(self.estimates())
         intervals = {name: self.interval(lambda law, name=name: getattr(law, name)) for name in names}
-        return _plain({
+        return plain({
             "analyzer": self.name,
             "options": self.options,
             "definition": self.definition,
@@ -62,11 +62,12 @@ class Fit:
         })  # fmt: skip
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: numbers of Python's, None for what is not finite."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     return value

@@ -17,7 +17,7 @@ class Parametric:
 
     law = Additive
     definition = (
-        f"N: params as the runs give them; C = 6 N D where a budget is spent; least SUM of Huber({DELTA:g}) terms of the log-loss"
+        f"N: params as the runs give them; C = 6 N D; least SUM of Huber({DELTA:g}) terms of the log-loss"
     )
 
     def fit(self, runs):
@@ -38,8 +38,10 @@ class Parametric:
                 found.append(f"an exponent of {exponent:.3g} means that the {name} of the runs do not determine it")
         return found
 
-    def draw(self, axes, runs, fit):
-        report.draw_contours(axes, runs, fit)
+    def draw(self, figure, runs, fit):
+        contours, residuals = figure.subplots(1, 2)
+        report.draw_contours(contours, runs, fit)
+        report.draw_residuals(residuals, runs, fit.law.predict(runs.params, runs.tokens))
 
 
 @hookimpl
