@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from nanopre import UserError, config as configs, report, scaling
-from nanopre.plugins import Registry, load_plugins
+from nanopre import UserError, accelerators, budget, config as configs, proposal, recipe, report, scaling, shape
+from nanopre.laws import PUBLISHED
+from nanopre.plugins import Registry, load_plugins, nearest
 from nanopre.runs import Runs, read_runs
 
 
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> None:
     parser = Parser(prog="plan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_fit, add_compare):
+    for add in (add_fit, add_compare, add_budget):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     a = parser.parse_args(argv)
@@ -177,6 +178,90 @@ def write_figures(a: argparse.Namespace, chosen: dict, fits: dict, runs: Runs, f
             write(Path(a.figures) / f"{name}.png", png)
     if a.report:
         write(a.report, report.page(runs, fits, figures, flops))
+
+
+# budget: from a compute budget to a run.
+
+
+def add_budget(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        "budget",
+        help="from a compute budget to a config that runs",
+        description="Say the budget as --flops, as --params, as --gpu-hours, or as --gpus and --hours.",
+        allow_abbrev=False,
+    )
+    command.add_argument("--flops", type=positive(float), help="FLOP of training, as 5.76e23")
+    command.add_argument("--params", type=positive(float), help="the budget for which so many parameters are best, as 7e9")
+    command.add_argument("--gpu-hours", type=positive(float), help="hours of one GPU, or of all together")
+    command.add_argument("--hours", type=positive(float), help="of --gpus")
+    command.add_argument("--gpus", type=positive(int), help="how many; with it a layout is looked for")
+    command.add_argument("--gpu", help=f"which accelerator (default, where one is needed: {GPU})")
+    command.add_argument("--accelerators", metavar="FILE", help="a TOML file with more accelerators")
+    command.add_argument("--mfu", type=positive(float), help=f"part of the peak (default: the layout's, or {proposal.MFU})")
+    names = ", ".join(PUBLISHED)
+    command.add_argument("--law", default="besiroglu", help=f"{names}, or what plan.py fit --out wrote (default: besiroglu)")
+    command.add_argument("--tokens-available", type=positive(float), default=math.inf, help="different ones, which may repeat")
+    command.add_argument("--inference-tokens", type=positive(float), default=0.0, help="that the model will be used on")
+    command.add_argument("--family", default="llama", help="of the model (default: llama)")
+    command.add_argument("--vocab-size", type=positive(int), default=0, help="tokens (default: by the model's size)")
+    command.add_argument("--seq-len", type=positive(int), default=0, help="tokens of a row (default: by the model's size)")
+    command.add_argument("--rule", default="deepseek", help=f"of batch and rate: {', '.join(recipe.RULES)} (default: deepseek)")
+    command.add_argument("--corpus", default="stdlib", help="data.corpus of the config (default: stdlib)")
+    command.add_argument("--plugins", action="append", default=[], metavar="PATH", help="a file or folder of plugins")
+    command.add_argument("--out", metavar="FILE.toml", help="write the config that train.py takes")
+    command.set_defaults(run=run_budget)
+    return command
+
+
+def run_budget(a: argparse.Namespace) -> tuple[dict, str]:
+    plugins = load_plugins(a.plugins, where="--plugins")
+    fit = scaling.read_law(a.law, plugins)
+    for flag, word, known in (("--family", a.family, plugins.offers("model")), ("--rule", a.rule, recipe.RULES)):
+        if word not in known:
+            raise UserError(f"{flag} {word}: there is none of this name; {nearest(word, list(known))}")
+    if 0 < a.vocab_size < shape.BYTES:
+        raise UserError(f"--vocab-size {a.vocab_size}: must be at least {shape.BYTES}, the bytes and the special tokens.")
+    flops, flops_are, machine = spend(a, fit)
+    sized = budget.size(fit, flops, a.inference_tokens, a.tokens_available)
+    made = proposal.propose(
+        flops_are, fit, sized, plugins, machine, a.family, a.rule, a.seq_len, a.vocab_size, a.corpus, a.plugins
+    )
+    if a.out:
+        write(a.out, made.to_toml())
+    hint = f"train it: python train.py {a.out}" if a.out else "--out FILE.toml writes the config"
+    return made.to_dict(), f"{proposal.text(made)}\n\n{hint}"
+
+
+GPU = "h100"
+
+
+def spend(a: argparse.Namespace, fit: scaling.Fit) -> tuple[float, str, proposal.Machine | None]:
+    """(FLOPs, how they came about, the accelerators) of the flags."""
+    ways = "--flops, --params, --gpu-hours, or --gpus with --hours"
+    given = [f"--{flag.replace('_', '-')}" for flag in ("flops", "params", "gpu_hours", "hours") if getattr(a, flag)]
+    if not given:
+        raise UserError(f"no budget; say one of {ways}.")
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: each is a budget; say only one of {ways}.")
+    if a.hours and not a.gpus:
+        raise UserError("--hours: of how many GPUs? Say --gpus too, or --gpu-hours instead.")
+    if a.mfu and a.mfu > 1:
+        raise UserError(f"--mfu {a.mfu:g}: must be at most 1, a part of the peak.")
+    machine = None
+    if a.gpu or a.gpus or a.gpu_hours or a.mfu or a.accelerators:
+        hours = a.gpu_hours or (a.gpus or 0) * (a.hours or 0)
+        name = a.gpu or GPU
+        machine = proposal.Machine(name, accelerators.accelerator(name, a.accelerators), a.gpus or 0, a.mfu or 0.0, hours)
+    if a.flops:
+        return a.flops, f"{a.flops:.3g} FLOP", machine
+    if a.params:
+        flops = budget.flops_for(fit.law, a.params)
+        return flops, f"{flops:.3g} FLOP, for which {budget.short(a.params)} parameters are best", machine
+    peak, mfu = machine.accelerator.peak_flops, a.mfu or proposal.MFU
+    flops = machine.budget_hours * 3600 * peak * mfu
+    hours = f"{a.gpus:,} x {a.hours:,g} hours" if a.hours else f"{a.gpu_hours:,g} hours"
+    source = "as said" if a.mfu else "an assumption"
+    return flops, f"{flops:.3g} FLOP: {hours} of {machine.gpu} x {peak:.3g} FLOP/s x an MFU of {mfu:.2f}, {source}", machine
 
 
 def write(path: str | Path, content: str | bytes) -> None:
