@@ -78,7 +78,9 @@ def add_runs(command: argparse.ArgumentParser, bootstrap: int) -> None:
     command.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="as params=N: a file's column")
     command.add_argument("--metric", default="val_loss", help="of log.jsonl, what is the loss (default: val_loss)")
     command.add_argument("--last", action="store_true", help="only the last point of each run")
-    command.add_argument("--drop-highest", type=positive(int, zero=True), default=0, metavar="K", help="without the K highest losses")
+    command.add_argument(
+        "--drop-highest", type=positive(int, zero=True), default=0, metavar="K", help="leave out the K highest losses"
+    )
     command.add_argument("--option", action="append", default=[], metavar="NAME.KEY=VALUE", help="an analyzer's option")
     command.add_argument("--plugins", action="append", default=[], metavar="PATH", help="a file or folder of plugins")
     command.add_argument(

@@ -101,7 +101,7 @@ def comparison(fits: dict[str, Fit | str], flops: float) -> list[list[str]]:
     """A row a law: its name and its allocation, or why it could not be fitted."""
     rows = [["law", *COMPARED]]
     for name, fit in fits.items():
-        rows.append([name, *allocation_words(fit, flops).values()] if isinstance(fit, Fit) else [name, f"- ({fit})"])
+        rows.append([name, *allocation_words(fit, flops).values()] if isinstance(fit, Fit) else [name, f"- {fit}"])
     return rows
 
 
@@ -120,7 +120,7 @@ def comparison_text(fits: dict[str, Fit | str], runs: Runs, flops: float) -> str
     """What `plan.py compare` prints."""
     rows = comparison(fits, flops)
     whole = table([row for row in rows if len(row) > 2])
-    reasons = [" ".join(row) for row in rows if len(row) == 2]
+    reasons = [table([row for row in rows if len(row) == 2])] if any(len(row) == 2 for row in rows) else []
     some = next((fit for fit in fits.values() if isinstance(fit, Fit)), None)
     last = [f"{resamples(some)}; {spread(fits, flops)}"] if some else []
     return "\n".join([describe_runs(runs), f"best use of {number(flops)} FLOPs:", "", whole, *reasons, "", *last])
@@ -175,17 +175,25 @@ def draw_best(axes: Axes, fit: Fit, flops: np.ndarray, params: np.ndarray, label
 
 def draw_contours(axes: Axes, runs: Runs, fit: Fit) -> None:
     """Lines of equal loss over FLOPs of training and parameters, with the points and the efficient frontier."""
+    from matplotlib.colors import LogNorm
+
     log_c = np.log10([runs.flops.min() / 2, runs.flops.max() * 10])
     log_n = np.log10([runs.params.min() / 2, runs.params.max() * 4])
     c, n = np.meshgrid(np.logspace(*log_c, 200), np.logspace(*log_n, 200))
     loss = np.asarray(fit.law.predict(n, c / (6 * n)))
     levels = np.geomspace(np.nanmin(loss) * 1.005, runs.loss.max(), 16)
-    lines = axes.contour(c, n, loss, levels=levels, cmap="magma_r", linewidths=0.9)
-    axes.clabel(lines, lines.levels[::3], fontsize=7, fmt="%.2f")
-    coloured = {"c": runs.loss, "cmap": "magma_r", "norm": lines.norm, "edgecolors": "black", "linewidths": 0.3}
-    axes.scatter(runs.flops, runs.params, s=12, zorder=3, label="runs", **coloured)
+    colours = {"cmap": "magma_r", "norm": LogNorm(levels[0] * 0.85, levels[-1])}  # none too light to be seen
+    lines = axes.contour(c, n, loss, levels=levels, linewidths=0.9, **colours)
+    edges = {"edgecolors": "black", "linewidths": 0.3}
+    axes.scatter(runs.flops, runs.params, s=12, c=runs.loss, zorder=3, label="runs", **edges, **colours)
     budgets = np.logspace(*log_c, 100)
     best = fit.law.allocate(budgets)
+    # Each line's number stands at the right, where the model is smaller than the best.
+    at = int(0.93 * c.shape[1])
+    below = n[:, at] < np.interp(c[0, at], budgets, best.params)
+    rising = loss[below, at][::-1]
+    where = [(c[0, at], np.interp(level, rising, n[below, at][::-1])) for level in levels if rising[0] < level < rising[-1]]
+    axes.clabel(lines, fontsize=7, fmt="%.2f", manual=where)
     training = 6 * best.params * best.tokens  # less than the budget where that pays for inference, too
     axes.plot(training, best.params, color=FITTED, lw=1.8, label="efficient frontier")
     if interval := fit.interval(lambda law: law.allocate(budgets).params):

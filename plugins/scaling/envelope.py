@@ -30,7 +30,7 @@ class Envelope:
     def definition(self) -> str:
         envelope = {
             "hull": "the falling part of the lower convex hull of all points in log C, log L; nothing between points is used",
-            "binned": f"the lowest curve at each of {self.bins} FLOP counts; curves are straight in log C, log L between points",
+            "binned": f"the lowest curve at each of {self.bins} FLOP counts, straight in log C, log L between its points",
         }
         return (
             f"N: params, C: flops as the runs give them, else 6 N D; envelope: {envelope[self.method]}; power laws by least "
