@@ -189,7 +189,7 @@ def propose(
             "eval_interval": max(1, steps // 20),
             "eval_tokens": round(min(1e7, max(seq_len, tokens / 300))),  # all evaluations together: 2% of the run
         },
-        "checkpoint": {"interval": max(1, steps // 100)},
+        "checkpoint": {"interval": max(100, steps // 100)},
     }
     made = Proposal(flops_are, fit, sized, model, parameters, counted, rules, rule, table, machine)
     if machine and machine.gpus:

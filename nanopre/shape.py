@@ -40,7 +40,7 @@ def build(
 
     Of all pairs of depth and width near the rule it takes the one with the least |log(parameters / n)|, plus a tenth of
     |log(aspect ratio / the rule's)|: being 3% too large counts as much as being 30% too wide. What is then left of the
-    difference goes into d_ff, up to an eighth of what the family has.
+    difference goes into d_ff, up to a sixth of what the family has.
 
     Raises UserError where the family's smallest model has more than 4/3 n parameters.
     """
@@ -78,7 +78,7 @@ def build(
     if "d_ff" in known:
         unit = below(MLP_STEPS, options["d_model"])
         units = round((n - size(**options)) / (size(**options, d_ff=config.d_ff + unit) - size(**options)))
-        most = config.d_ff // 8 // unit
+        most = config.d_ff // 6 // unit
         options["d_ff"] = config.d_ff + unit * max(-most, min(most, units))
         config = family(**options).settings(tokens, seq_len)
     total = parameters(config)[counted]
