@@ -122,6 +122,8 @@ def run_compare(a: argparse.Namespace) -> tuple[dict, str]:
         name: {"reason": fit} if isinstance(fit, str) else fit.to_dict() | {"allocation": allocation(fit, flops)}
         for name, fit in fits.items()
     }
+    for row in rows.values():
+        row.pop("bootstrap", None)  # hundreds of numbers a law, which fit --json and --out have
     return {"flops": flops, "laws": rows}, report.comparison_text(fits, runs, flops)
 
 
@@ -153,7 +155,10 @@ def analyzers(a: argparse.Namespace, plugins: Registry, names: list[str]) -> dic
         if not dot or name not in tables:
             raise UserError(f"--option {text}: it must be like {names[0]}.KEY=VALUE, with the name of {' or '.join(names)}.")
         tables[name][option] = value
-    return {name: configs.build_plugin(plugins, "analyzer", table, f"--option {name}") for name, table in tables.items()}
+    try:
+        return {name: configs.build_plugin(plugins, "analyzer", table, name) for name, table in tables.items()}
+    except UserError as error:
+        raise UserError(f"--option {error}") from None
 
 
 def allocation(fit: scaling.Fit, flops: float) -> dict[str, Any]:

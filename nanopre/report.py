@@ -69,6 +69,10 @@ def resamples(fit: Fit) -> str:
     return f"in brackets: 95% intervals of {len(fit.samples)} resamples of the runs{failed}"
 
 
+def budget(runs: Runs, flops: float) -> str:
+    return f"best use of {number(flops)} FLOPs, {number(flops / runs.flops.max())} times the largest run's"
+
+
 def allocation_words(fit: Fit, flops: float) -> dict[str, str]:
     """How the law spends a budget, each number with its interval."""
     best = fit.law.allocate(flops)
@@ -90,7 +94,7 @@ def fit_text(fit: Fit, runs: Runs, flops: float | None) -> str:
     lines.append(f"  {resamples(fit)}")
     lines += [f"  {note}" for note in fit.notes]
     if flops:
-        lines += ["", f"  best use of {number(flops)} FLOPs:", table(list(allocation_words(fit, flops).items()), "    ")]
+        lines += ["", f"  {budget(runs, flops)}:", table(list(allocation_words(fit, flops).items()), "    ")]
     return "\n".join(lines)
 
 
@@ -123,7 +127,7 @@ def comparison_text(fits: dict[str, Fit | str], runs: Runs, flops: float) -> str
     reasons = [table([row for row in rows if len(row) == 2])] if any(len(row) == 2 for row in rows) else []
     some = next((fit for fit in fits.values() if isinstance(fit, Fit)), None)
     last = [f"{resamples(some)}; {spread(fits, flops)}"] if some else []
-    return "\n".join([describe_runs(runs), f"best use of {number(flops)} FLOPs:", "", whole, *reasons, "", *last])
+    return "\n".join([describe_runs(runs), f"{budget(runs, flops)}:", "", whole, *reasons, "", *last])
 
 
 # Pieces of figures, which analyzers put together in their `draw`.
@@ -299,7 +303,7 @@ def page(runs: Runs, fits: dict[str, Fit | str], figures: dict[str, bytes], flop
 
     parts = [f"<p>{escape(describe_runs(runs))}.</p>", f'<p class="note">{UNITS}</p>']
     if flops:
-        parts += [f"<h2>Best use of {number(flops)} FLOPs</h2>", rows(comparison(fits, flops))]
+        parts += [f"<h2>B{budget(runs, flops)[1:]}</h2>", rows(comparison(fits, flops))]
         parts += [f"<p>In short: {escape(spread(fits, flops))}.</p>" if spread(fits, flops) else "", image("compare")]
     for name, fit in fits.items():
         if isinstance(fit, Fit):

@@ -494,8 +494,7 @@ def test_the_documents_examples_of_lifecycle_hooks_work(tmp_path):
             (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
             examples.append(textwrap.indent(example, "    "))
     assert len(examples) == len(lifecycle)
-    head = '@dataclass\nclass Law:\n    a: float\n@dataclass\nclass Mine:\n    """Doc."""\n    phase = "last"\n'
-    head += '    law = Law\n    definition = "all parameters"\n'
+    head = '@dataclass\nclass Mine:\n    """Doc."""\n    phase = "last"\n'
     write("mine.py", head, *examples, "@hookimpl\ndef nanopre_loggers(register):\n    register('mine', Mine)\n")
     registry = load_plugins(["mine.py"])
     registry.register_instance(registry.get("logger", "mine", "")(), "mine")

@@ -99,7 +99,7 @@ def test_where_the_mean_of_the_huber_terms_stalls_the_sum_does_not():
     assert len(n) * stalled.fun > 1.15 * 1.018274e-3
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.floats(0.2, 0.6), st.floats(0.2, 0.6), st.floats(1.0, 3.0), st.floats(0.5, 2.0), st.floats(0.5, 2.0))
 def test_parametric_finds_a_law_without_noise(alpha, beta, floor, of_size, of_data):
     # A and B such that both terms matter somewhere on the grid.
@@ -170,6 +170,11 @@ def test_an_envelope_of_one_size_is_refused():
     runs.loss[runs.params > 1e8] += 1
     with pytest.raises(UserError, match="needs models of at least 2 sizes on it; one size is the best at every cost"):
         analyzer("envelope").fit(runs)
+
+
+def test_a_binned_envelope_needs_curves():
+    with pytest.raises(UserError, match="the binned envelope needs training curves, points that share a run"):
+        analyzer("envelope", method="binned").fit(grid(KNOWN))
 
 
 def test_a_power_law_above_a_floor():

@@ -78,6 +78,8 @@ def _hull(runs: Runs) -> Runs:
 
 
 def _binned(runs: Runs, bins: int) -> Runs:
+    if len(np.unique(runs.run)) == len(runs):
+        raise UserError("the binned envelope needs training curves, points that share a run; the hull does not.")
     grid = np.geomspace(runs.flops.min(), runs.flops.max(), bins)
     curves = [runs.cut(label, grid) for label in np.unique(runs.run)]
     losses = np.array([curve.loss for curve in curves])
