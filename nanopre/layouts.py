@@ -1,4 +1,4 @@
-"""Which layout of many accelerators trains a model fastest: all that there are, those that can't be, and the time of the rest."""
+"""Which layout of many accelerators trains a model fastest: all that there are, what refuses some, the time of the rest."""
 
 from __future__ import annotations
 
