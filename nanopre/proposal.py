@@ -10,15 +10,13 @@ from typing import Any
 
 import tomli_w
 
-from nanopre import UserError, config as configs, cost, layouts, recipe, shape
+from nanopre import UserError, config as configs, cost, layouts, planning, recipe, shape
 from nanopre.accelerators import Accelerator
 from nanopre.budget import Sized, short
 from nanopre.laws import PUBLISHED
-from nanopre.masking import most_targets
 from nanopre.model import ModelConfig
 from nanopre.plugins import Registry
 from nanopre.scaling import Fit, plain
-from nanopre.spans import noise_counts, raw_length
 
 MFU = 0.4
 """Assumed where nothing is known: LLaMA 3 405B had 0.38 to 0.43 on H100s (2024, table 4), PaLM 0.46 on TPU v4 (2022)."""
@@ -58,6 +56,7 @@ class Proposal:
     rules: dict[str, dict[str, Any]]  # by name: "lr", "batch_tokens", "source", "fitted", "covered"
     rule: str
     table: dict[str, Any]
+    row_flops: float
     machine: Machine | None
     layout: layouts.Candidate | None = None
     n_layouts: int = 0  # that fit
@@ -70,7 +69,7 @@ class Proposal:
     @property
     def flops(self) -> float:
         """Of the run by nanopre.cost, attention's among them, as an MFU counts them."""
-        return self.tokens / self.model.seq_len * row_flops(self.model)
+        return self.tokens / self.model.seq_len * self.row_flops
 
     @property
     def mfu(self) -> float:
@@ -191,9 +190,11 @@ def propose(
         },
         "checkpoint": {"interval": max(100, steps // 100)},
     }
-    made = Proposal(flops_are, fit, sized, model, parameters, counted, rules, rule, table, machine)
+    config, _ = configs.from_dict(table, "the plan")
+    row_flops = cost.flops(model, planning.example(config))
+    made = Proposal(flops_are, fit, sized, model, parameters, counted, rules, rule, table, row_flops, machine)
     if machine and machine.gpus:
-        lay_out(made, plugins, build)
+        lay_out(made, config, plugins, build)
     return made
 
 
@@ -218,24 +219,17 @@ def divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
 
 
-def row_flops(model: ModelConfig) -> float:
-    """FLOPs of a row's forward and backward pass with the objective of OBJECTIVES."""
-    decoder_len, scored = 0, None
-    if model.architecture == "encoder":
-        scored = most_targets(0.15, model.seq_len)
-    elif model.architecture == "encoder-decoder":
-        decoder_len = sum(noise_counts(raw_length(model.seq_len, 0.15, 3.0), 0.15, 3.0)) + 1
-    blocks, head = cost.row_flops(model, model.seq_len, decoder_len, scored)
-    return sum(blocks) + head
-
-
-def lay_out(made: Proposal, plugins: Registry, build: Callable[[int], tuple[dict[str, Any], int, ModelConfig]]) -> None:
+def lay_out(
+    made: Proposal,
+    config: configs.Config,
+    plugins: Registry,
+    build: Callable[[int], tuple[dict[str, Any], int, ModelConfig]],
+) -> None:
     """Give the run the fastest layout, and its vocabulary a multiple of 128 rows on each of the tensor ranks."""
     machine, train = made.machine, made.table["train"]
-    config, _ = configs.from_dict(made.table, "the plan")
     found = layouts.search(config, plugins, machine.accelerator, machine.gpus)
     if not found.ranked:
-        reasons = "; ".join(f"{reason} ({count})" for reason, count in found.refused.most_common(3))
+        reasons = "; ".join(f"{reason.rstrip('.')} ({count:,})" for reason, count in found.reasons()[:3])
         raise UserError(
             f"--gpus {machine.gpus}: no layout of {short(made.parameters['total'])} parameters fits on so many "
             f"{machine.gpu}; of those that were tried: {reasons}."
@@ -375,5 +369,9 @@ def time_lines(p: Proposal) -> list[str]:
     days = f"{p.gpu_hours / m.gpus / 24:,.3g} days on {m.gpus:,} {m.gpu}, " if m.gpus else ""
     price = m.accelerator.price
     dollars = f", {p.gpu_hours * price:,.3g} US dollars at {price:g} an hour ({m.accelerator.priced})" if price else ""
-    against = f" ({p.gpu_hours / m.budget_hours - 1:+.0%} against the budget, which counts 6 N D)" if m.budget_hours else ""
+    against = (
+        f" ({p.gpu_hours / m.budget_hours - 1:+.0%} against the budget, which took {m.mfu or MFU:.2f} and 6 N D)"
+        if m.budget_hours
+        else ""
+    )
     return [f"{days}{p.gpu_hours:,.4g} hours of {m.gpu}{against} at an MFU of {p.mfu:.2f}, {source}{dollars}"]

@@ -12,8 +12,8 @@ from conftest import read_log, run_script
 from hypothesis import given, settings, strategies as st
 
 import plan
-from nanopre import UserError, accelerators, config as configs, proposal, recipe
-from nanopre.distributed import build_model
+from nanopre import UserError, accelerators, config as configs, parallel, planning, proposal, recipe
+from nanopre.distributed import World, build_model
 
 # FLOP, parameters and tokens of the best models: Hoffmann et al. (2022), table 3.
 TABLE = [
@@ -208,6 +208,28 @@ def test_gpu_hours_are_flops_by_the_peak_and_the_mfu(budget):
     assert budget("--gpu", "a100", "--flops", 1e21)["time"]["gpu_hours"] > 1e21 / (312e12 * 0.4 * 3600)
 
 
+def test_the_layout_takes_the_time_that_is_said_and_train_py_takes_the_layout(budget, tmp_path):
+    file = tmp_path / "plan.toml"
+    said = budget("--flops", 1e20, "--gpu", "h100", "--gpus", 8, "--out", file)
+    layout, time = said["layout"], said["time"]
+    assert layout["memory_bytes"] < accelerators.accelerator("h100").memory_bytes
+    seconds = said["run"]["steps"] * layout["step_seconds"]
+    assert time["gpu_hours"] == pytest.approx(8 * seconds / 3600, rel=1e-6) and time["mfu"] == layout["mfu"]
+    assert time["days"] == pytest.approx(seconds / 86400, rel=1e-6)
+    config, plugins = configs.load(file)
+    planned = parallel.plan(config, plugins, World(0, 0, 8, torch.device("cpu")), planning.shape(config))
+    assert planned.data_size * planned.sizes["tensor"] * planned.sizes["pipeline"] == 8
+    assert config.train.micro_batch_size == layout["micro_batch_size"]
+    assert budget("--flops", 1e20, "--gpus", 8, "--mfu", 0.3)["time"]["mfu"] == 0.3
+
+
+def test_a_big_run_is_split_and_its_vocabulary_with_it(budget):
+    said = budget("--gpus", 1024, "--hours", 1000, "--vocab-size", 50300)
+    tensor = said["layout"]["parallel"]["tensor"]["degree"]
+    assert tensor > 1 and said["model"]["vocab_size"] % (128 * tensor) == 0 and said["model"]["vocab_size"] >= 50300
+    assert said["model"]["parameters"]["total"] == pytest.approx(said["chosen"]["params"], rel=0.01)
+
+
 # The config
 
 
@@ -301,6 +323,10 @@ def test_the_text_says_what_the_numbers_rest_on(capsys):
         ("--flops 1e9", "parameters are too few for the family llama, whose smallest model here has 27,232"),
         ("--flops 1e15 --vocab-size 100000", "it takes a larger budget, or a smaller --vocab-size."),
         ("--flops 1e20 --flop 1e20", "unrecognized arguments: --flop 1e20"),
+        (
+            "--flops 5e23 --gpus 2",
+            "--gpus 2: no layout of 67.2B parameters fits on so many h100; of those that were tried: it takes",
+        ),
         ("--flops 1e20 --out /dev/null/x.toml", "/dev/null/x.toml: can't be written"),
     ],
 )
