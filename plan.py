@@ -235,7 +235,8 @@ def run_budget(a: argparse.Namespace) -> tuple[dict, str]:
     )
     if a.out:
         write(a.out, made.to_toml())
-    hint = f"train it: python train.py {a.out}" if a.out else "--out FILE.toml writes the config"
+    start = f"torchrun --nproc-per-node={min(a.gpus, machine.accelerator.node_gpus)}" if (a.gpus or 1) > 1 else "python"
+    hint = f"{start} train.py {a.out}" if a.out else "--out FILE.toml writes the config"
     return made.to_dict(), f"{proposal.text(made)}\n\n{hint}"
 
 

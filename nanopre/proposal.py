@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -110,13 +111,7 @@ class Proposal:
         if math.isfinite(s.tokens_available):
             result["data"] = {"available": s.tokens_available, "epochs": s.epochs, "worth": s.worth}
         if self.layout:
-            best = self.layout
-            result["layout"] = {
-                "parallel": best.parallel,
-                "micro_batch_size": best.micro_batch_size,
-                "step_seconds": best.seconds,
-            }
-            result["layout"] |= {"mfu": best.mfu, "memory_bytes": best.memory_bytes, "fit": self.n_layouts}
+            result["layout"] = {**dataclasses.asdict(self.layout), "fit": self.n_layouts}
         if m := self.machine:
             result["time"] = {"gpu": m.gpu, "gpus": m.gpus or None, "mfu": self.mfu, "gpu_hours": self.gpu_hours}
             result["time"] |= {"days": self.gpu_hours / m.gpus / 24 if m.gpus else None}
@@ -236,7 +231,7 @@ def lay_out(
         )
     made.layout, made.n_layouts = found.ranked[0], len(found.ranked)
     made.table["parallel"], train["micro_batch_size"] = made.layout.parallel, made.layout.micro_batch_size
-    tensor = made.layout.parallel.get("tensor", {}).get("degree", 1)
+    tensor = made.layout.sizes["tensor"]
     if tensor > 1 and made.model.vocab_size % (128 * tensor):
         options, _, made.model = build(128 * tensor)
         made.table["model"] |= options
@@ -352,13 +347,12 @@ def run_lines(p: Proposal) -> list[str]:
 def layout_lines(p: Proposal) -> list[str]:
     if not (best := p.layout):
         return [f"one process, {p.table['train']['micro_batch_size']:,} rows at a time (--gpu and --gpus look for the fastest)"]
-    strategies = [
-        name + "".join(f" {key} {value}" for key, value in options.items()) for name, options in best.parallel.items()
-    ]
+    ranks = " x ".join(f"{n} {name}" for name, n in best.sizes.items() if n > 1)
+    options = [name + "".join(f" {k} {v}" for k, v in table.items() if k != "degree") for name, table in best.parallel.items()]
+    memory, most = best.memory_bytes / 1e9, p.machine.accelerator.memory_bytes / 1e9
     return [
-        f"{', '.join(strategies) or 'one process'}; {best.micro_batch_size:,} rows at a time; predicted: "
-        f"{best.seconds:.3g} s a step, MFU {best.mfu:.2f}, {best.memory_bytes / 1e9:.1f} of "
-        f"{p.machine.accelerator.memory_bytes / 1e9:.1f} GB; the fastest of {p.n_layouts:,} that fit"
+        f"{': '.join(filter(None, (ranks or 'one process', ', '.join(options))))}; {best.micro_batch_size:,} rows at a time. Predicted: "
+        f"{best.seconds:.3g} s a step, MFU {best.mfu:.2f}, {memory:.1f} of {most:.1f} GB; the fastest of {p.n_layouts:,} that fit"
     ]
 
 
