@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nanopre import UserError
 from nanopre.laws import Additive, Frontier
 from nanopre.runs import Runs
 
@@ -71,7 +72,7 @@ def fit_additive(runs: Runs, start: Additive | None = None) -> tuple[Additive, f
 
     The loss is the exponential of a log-sum-exp of a - alpha log N, b - beta log D and e (equation 12 of Hoffmann et al.,
     2022), with N and D divided by their geometric means, so that a and b do not move with the exponents.
-    Raises UserError for fewer than 5 points, or one size or one number of tokens alone.
+    Raises UserError for fewer than 5 points, for one size or one number of tokens alone, and where these do not determine it.
     """
     runs.need(5, 2, "the additive law")
     runs.need_spread("tokens", "the additive law")
@@ -92,9 +93,25 @@ def fit_additive(runs: Runs, start: Additive | None = None) -> tuple[Additive, f
     else:
         starts = _additive_starts(n, d, runs.loss)
         starts = starts[np.argsort(huber(model(starts)[0] - np.log(runs.loss)))[:32]]
-    (a, b, e, alpha, beta), objective = fit_log_loss(model, np.log(runs.loss), starts)
+    theta, objective = fit_log_loss(model, np.log(runs.loss), starts)
+    a, b, e, alpha, beta = theta
+    need_determined("the additive law", alpha=alpha, beta=beta)
+    shares = model(theta[None])[1][0, :, :2].max(axis=0)  # of the loss, the most that each term makes up
+    if shares.min() < 1e-4:
+        unused = "sizes" if shares[0] < shares[1] else "tokens"
+        raise UserError(f"the additive law is not determined by these runs: their loss does not depend on their {unused}.")
     law = Additive(np.exp(a + alpha * centre_n), np.exp(b + beta * centre_d), np.exp(e), alpha, beta)
     return Additive(**{name: float(value) for name, value in vars(law).items()}), objective
+
+
+def need_determined(what: str, **exponents: float) -> None:
+    """Raises UserError for exponents that no loss has: the best fit then lies at infinity, or all but there."""
+    for name, value in exponents.items():
+        if not 0.005 < value < 3:
+            raise UserError(
+                f"{what} is not determined by these runs (the best {name} is {value:.3g}); it needs sizes and tokens over a "
+                "wider range, each size with few and with many tokens, or fewer points from the start of training."
+            )
 
 
 def _additive_starts(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> np.ndarray:

@@ -126,7 +126,7 @@ def comparison_text(fits: dict[str, Fit | str], runs: Runs, flops: float) -> str
     whole = table([row for row in rows if len(row) > 2])
     reasons = [table([row for row in rows if len(row) == 2])] if any(len(row) == 2 for row in rows) else []
     some = next((fit for fit in fits.values() if isinstance(fit, Fit)), None)
-    last = [f"{resamples(some)}; {spread(fits, flops)}"] if some else []
+    last = ["; ".join(filter(None, [resamples(some), spread(fits, flops)]))] if some else []
     return "\n".join([describe_runs(runs), f"{budget(runs, flops)}:", "", whole, *reasons, "", *last])
 
 
@@ -192,13 +192,13 @@ def draw_contours(axes: Axes, runs: Runs, fit: Fit) -> None:
     axes.scatter(runs.flops, runs.params, s=12, c=runs.loss, zorder=3, label="runs", **edges, **colours)
     budgets = np.logspace(*log_c, 100)
     best = fit.law.allocate(budgets)
+    training = 6 * best.params * best.tokens  # less than the budget where that pays for inference, too
     # Each line's number stands at the right, where the model is smaller than the best.
     at = int(0.93 * c.shape[1])
-    below = n[:, at] < np.interp(c[0, at], budgets, best.params)
+    below = n[:, at] < np.interp(c[0, at], training, best.params)
     rising = loss[below, at][::-1]
     where = [(c[0, at], np.interp(level, rising, n[below, at][::-1])) for level in levels if rising[0] < level < rising[-1]]
     axes.clabel(lines, fontsize=7, fmt="%.2f", manual=where)
-    training = 6 * best.params * best.tokens  # less than the budget where that pays for inference, too
     axes.plot(training, best.params, color=FITTED, lw=1.8, label="efficient frontier")
     if interval := fit.interval(lambda law: law.allocate(budgets).params):
         axes.fill_between(training, *interval, color=FITTED, alpha=0.18, lw=0, label="95% interval")
@@ -298,8 +298,12 @@ def page(runs: Runs, fits: dict[str, Fit | str], figures: dict[str, bytes], flop
         return f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(figures[name]).decode()}">'
 
     def rows(lines: Sequence[Sequence[str]]) -> str:
-        cells = ["".join(f"<td>{escape(cell)}</td>" for cell in line) for line in lines]
-        return "<table>" + "".join(f"<tr>{line}</tr>" for line in cells) + "</table>"
+        width = max(map(len, lines))
+        text = ""
+        for *cells, last in lines:  # the last of a short row, a reason, takes what is left
+            text += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+            text += f'<td colspan="{width - len(cells)}">{escape(last)}</td></tr>'
+        return f"<table>{text}</table>"
 
     parts = [f"<p>{escape(describe_runs(runs))}.</p>", f'<p class="note">{UNITS}</p>']
     if flops:

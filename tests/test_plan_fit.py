@@ -76,11 +76,13 @@ def test_fit_as_json_and_as_a_file_of_a_law(points, tmp_path, capsys):
 
 
 def test_options_of_an_analyzer(points, capsys):
-    arguments = ["fit", points, *NAMES, "--analyzer=envelope", "--bootstrap=0", "--json"]
+    arguments = ["fit", points, *NAMES, "--analyzer=isoflop", "--bootstrap=0", "--json"]
     plain = json.loads(printed(capsys, *arguments))
-    binned = json.loads(printed(capsys, *arguments, "--option", "envelope.method=binned", "--option=envelope.bins=7"))
-    assert plain["options"] == {"method": "hull", "bins": 50} and binned["options"] == {"method": "binned", "bins": 7}
-    assert plain["definition"] != binned["definition"] and plain["bootstrap"] == plain["intervals"] == {}
+    assert plain["options"] == {"budgets": [], "tolerance": 0.1} and plain["bootstrap"] == plain["intervals"] == {}
+    close = json.loads(printed(capsys, *arguments, "--option", "isoflop.tolerance=1e-9", "--option=isoflop.budgets=[]"))
+    assert close["options"]["tolerance"] == 1e-9
+    with pytest.raises(UserError, match=r"found 0 \(24 points at budgets with fewer than 3 sizes\)"):
+        plan.main([*arguments, "--option=isoflop.tolerance=1e-12"])
 
 
 def test_points_that_are_left_out(points, capsys):

@@ -125,6 +125,19 @@ def test_what_parametric_can_not_fit(runs, sentence):
     assert str(error.value) == sentence
 
 
+def test_a_law_that_the_runs_do_not_determine_is_refused():
+    runs = grid(KNOWN, sizes=(1e7, 1e8, 1e9), tokens=(1e9, 3e9, 1e10))
+    only_the_smallest_is_worse = dataclasses.replace(runs, loss=KNOWN.predict(1e9, runs.tokens) + (runs.params < 5e7))
+    with pytest.raises(UserError, match=r"the additive law is not determined by these runs \(the best alpha is "):
+        analyzer("parametric").fit(only_the_smallest_is_worse)
+    with pytest.raises(UserError, match=r"Kaplan's law is not determined by these runs \(the best alpha_\w is "):
+        analyzer("kaplan").fit(dataclasses.replace(runs, loss=2 + runs.tokens / 1e10))
+    for column, words in (("params", "sizes"), ("tokens", "tokens")):
+        alone = dataclasses.replace(runs, loss=2 + 100 / (runs.tokens if column == "params" else runs.params) ** 0.3)
+        with pytest.raises(UserError, match=f"not determined by these runs: their loss does not depend on their {words}"):
+            analyzer("parametric").fit(alone)
+
+
 # The envelope.
 
 

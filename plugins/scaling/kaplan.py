@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanopre import UserError, hookimpl, report
-from nanopre.fitting import DELTA, fit_log_loss, fit_power
+from nanopre.fitting import DELTA, fit_log_loss, fit_power, need_determined
 from nanopre.laws import Allocation
 from nanopre.runs import Runs
 
@@ -148,7 +148,8 @@ def _joint(runs: Runs, near: KaplanLaw | None) -> tuple[list[float], float]:
         level = log_loss.mean() / alpha[:, 1:] - math.log(2)
         starts = np.hstack([n.mean() + level * alpha[:, 1:] / alpha[:, :1], d.mean() + level, np.log(alpha)])
     theta, objective = fit_log_loss(model, log_loss, starts)
-    n_c, d_c, alpha_n, alpha_d = np.exp(theta)
+    n_c, d_c, alpha_n, alpha_d = np.exp(np.minimum(theta, 700.0))
+    need_determined("Kaplan's law", alpha_N=alpha_n, alpha_D=alpha_d)
     return [float(n_c), float(alpha_n), float(d_c), float(alpha_d)], objective
 
 

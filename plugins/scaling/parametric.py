@@ -28,15 +28,11 @@ class Parametric:
 
     def notes(self, runs, law):
         residuals = np.log(law.predict(runs.params, runs.tokens) / runs.loss)
-        found = [
+        return [
             f"objective {huber(residuals):.6e} on {len(runs)} points; half of them within {np.median(np.abs(residuals)):.2%} "
             "of their loss",
             f"the best N grows as C^{law.beta / (law.alpha + law.beta):.4f}",
         ]
-        for exponent, name in ((law.alpha, "sizes"), (law.beta, "tokens")):
-            if not 0.01 < exponent < 3:
-                found.append(f"an exponent of {exponent:.3g} means that the {name} of the runs do not determine it")
-        return found
 
     def draw(self, figure, runs, fit):
         contours, residuals = figure.subplots(1, 2)
