@@ -77,7 +77,7 @@ class Weights:
     """
 
     def __init__(self, model: Transformer, tensor: int, shard: int, states: Callable[[str, float], float]):
-        self.tensor, self.shard, self.states = tensor, shard, states
+        self.config, self.tensor, self.shard, self.states = model.config, tensor, shard, states
         self.blocks = [self.count(block, "matrix") for block in model.blocks.values()]
         self.before = list(accumulate(self.blocks, initial=Numbers()))  # of the blocks before each one
         self.tokens = self.count(model.embed.tokens, "end", "tokens")
@@ -97,20 +97,21 @@ class Weights:
             total += Numbers(n, n if is_matrix else 0, self.states(kind if is_matrix else "vector", n / self.shard))
         return total
 
-    def on_rank(self, ranges: list[range], pipeline: int, rank: int, c: ModelConfig) -> tuple[Numbers, Numbers]:
-        """(blocks, all else) of a rank of a pipeline whose stages have these blocks: stage s is on rank s % ranks."""
-        here = ranges[rank::pipeline]
-        blocks = sum((self.before[x.stop] - self.before[x.start] for x in here), Numbers())
-        is_first, is_last = rank == 0, rank == pipeline - 1
-        ends = self.embed if is_first else Numbers()
-        ends += self.head if is_last else Numbers()
-        if is_first and is_last and c.tie_embeddings:
-            ends -= self.tokens
-        for name, bias in self.relative.items():
-            stack = range(c.n_layers, len(self.blocks)) if name == "decoder_bias" else range(c.n_layers)
-            if any(x.start < stack.stop and stack.start < x.stop for x in here):
-                ends += bias
-        return blocks, ends
+
+@lru_cache(4096)
+def on_rank(weights: Weights, ranges: tuple[range, ...], pipeline: int, rank: int) -> tuple[Numbers, Numbers]:
+    """(blocks, all else) of a rank of a pipeline whose stages have these blocks: stage s is on rank s % ranks."""
+    c, here = weights.config, ranges[rank::pipeline]
+    blocks = sum((weights.before[x.stop] - weights.before[x.start] for x in here), Numbers())
+    is_first, is_last = rank == 0, rank == pipeline - 1
+    ends = (weights.embed if is_first else Numbers()) + (weights.head if is_last else Numbers())
+    if is_first and is_last and c.tie_embeddings:
+        ends -= weights.tokens
+    for name, bias in weights.relative.items():
+        stack = range(c.n_layers, len(weights.blocks)) if name == "decoder_bias" else range(c.n_layers)
+        if any(x.start < stack.stop and stack.start < x.stop for x in here):
+            ends += bias
+    return blocks, ends
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def of_layout(
 ) -> MicroBatch:
     """The micro-batch of a layout. Arguments as of `estimate`."""
     c, strategies, tensor = model.config, layout.strategies, layout.strategies.get("tensor")
-    rows = config.train.micro_batch_size or config.train.batch_size // layout.data_size // in_flight(layout)
+    rows = rows_at_once(config, layout)
     t, split, visible = layout.sizes["tensor"], bool(tensor and tensor.sequence_parallel), "visible" in example
     T, D = (example[key].shape[1] if key in example else 0 for key in ("tokens", "decoder_tokens"))
     return micro_batch(
@@ -214,6 +215,11 @@ def in_flight(layout: Layout) -> int:
     return layout.strategies["pipeline"].microbatches if "pipeline" in layout.strategies else 1
 
 
+def rows_at_once(config: Config, layout: Layout) -> int:
+    """Sequences in a micro-batch."""
+    return config.train.micro_batch_size or config.train.batch_size // layout.data_size // in_flight(layout)
+
+
 def weight_bytes(config: Config) -> int:
     return 2 if config.train.weights == "bfloat16" else 4
 
@@ -223,9 +229,9 @@ def weight_bytes(config: Config) -> int:
 
 
 @lru_cache(1024)
-def stages(blocks: tuple[float, ...], head: float, n: int) -> list[range]:
+def stages(blocks: tuple[float, ...], head: float, n: int) -> tuple[range, ...]:
     """As the pipeline shares them out."""
-    return share_out(list(blocks), head, n)
+    return tuple(share_out(list(blocks), head, n))
 
 
 def estimate(
@@ -263,7 +269,7 @@ def estimate(
     result = []
     for rank in range(p):
         here = ranges[rank::p]
-        part, ends = weights.on_rank(ranges, p, rank, c)
+        part, ends = on_rank(weights, ranges, p, rank)
         n = sum(map(len, here))
         n_encoder = sum(max(0, min(x.stop, c.n_layers) - x.start) for x in here)
         n_decoder = n - n_encoder
@@ -325,3 +331,31 @@ def fsdp_buffers(layout: Layout, blocks: list[float], ends: Numbers, w: int) -> 
     # A block that runs, the next one, and the message in which that comes; its gradient, and the message in which that goes.
     blocks_gathered = 3 * largest if fsdp.reshard_after_forward else sum(blocks) + largest
     return gathered * (blocks_gathered + ends.parameters), (gathered + reduced) * max(largest, ends.parameters)
+
+
+ITEMS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer states": "states",
+    "activations": "activations",
+    "weights cast for products": "copies",
+    "logits and their gradients": "logits",
+    "buffers and context": "buffers",
+}
+
+
+def text(stages: list[Stage], memory_bytes: float) -> str:
+    """A column a rank of the pipeline, a line an item, in GB (1e9 bytes)."""
+    rows = [["", *(f"rank {i}" for i in range(len(stages)))], ["blocks", *(str(stage.blocks) for stage in stages)]]
+    rows += [[name, *(f"{getattr(stage, key) / 1e9:.3f}" for stage in stages)] for name, key in ITEMS.items()]
+    rows += [["peak", *(f"{stage.peak / 1e9:.3f}" for stage in stages)]]
+    name, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = []
+    for first, *rest in rows:
+        cells = (cell.rjust(width) for cell, width in zip(rest, others, strict=True))
+        lines.append("  ".join([first.ljust(name), *cells]))
+    fullest = max(stages, key=lambda stage: stage.peak)
+    fits = "fits" if fullest.peak <= memory_bytes else "does not fit"
+    lines += ["", f"In GB. Items have their most at different times; rank {stages.index(fullest)} peaks {fullest.moment}."]
+    lines += [f"{fullest.peak / 1e9:.1f} GB of {memory_bytes / 1e9:.1f} GB: {fits}."]
+    return "\n".join(lines)

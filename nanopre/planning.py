@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from statistics import median
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -56,3 +60,17 @@ def example(config: Config) -> dict[str, Tensor]:
     objective.rows_per_epoch(split, T)
     batch = objective.batch(split, np.arange(1), T, config.seed)
     return {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in batch.items()}
+
+
+def measured_seconds(run: Path) -> tuple[float, float | None]:
+    """(seconds a step, MFU if it was noted) of a run: medians over the later half of its log.jsonl. Raises UserError."""
+    log = run / "log.jsonl"
+    try:
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        steps = [line for line in lines if "tokens_per_second" in line]
+        later = steps[len(steps) // 2 :]
+        speed = median(line["tokens_per_second"] for line in later)
+        per_step = later[-1]["tokens"] / later[-1]["step"]
+        return per_step / speed, median([line["mfu"] for line in later]) if "mfu" in later[-1] else None
+    except (OSError, ValueError, KeyError, ArithmeticError, IndexError) as error:
+        raise UserError(f"{log}: no steps to calibrate with ({error}).") from None

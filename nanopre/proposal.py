@@ -347,11 +347,11 @@ def run_lines(p: Proposal) -> list[str]:
 def layout_lines(p: Proposal) -> list[str]:
     if not (best := p.layout):
         return [f"one process, {p.table['train']['micro_batch_size']:,} rows at a time (--gpu and --gpus look for the fastest)"]
-    ranks = " x ".join(f"{n} {name}" for name, n in best.sizes.items() if n > 1)
+    ranks = " x ".join(f"{n} {name}" for name, n in best.sizes.items() if n > 1) or "one process"
     options = [name + "".join(f" {k} {v}" for k, v in table.items() if k != "degree") for name, table in best.parallel.items()]
     memory, most = best.memory_bytes / 1e9, p.machine.accelerator.memory_bytes / 1e9
     return [
-        f"{': '.join(filter(None, (ranks or 'one process', ', '.join(options))))}; {best.micro_batch_size:,} rows at a time. Predicted: "
+        f"{ranks} ({', '.join(options) or 'no strategy'}), {best.micro_batch_size:,} rows at a time; predicted: "
         f"{best.seconds:.3g} s a step, MFU {best.mfu:.2f}, {memory:.1f} of {most:.1f} GB; the fastest of {p.n_layouts:,} that fit"
     ]
 

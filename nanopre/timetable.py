@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+
+from nanopre import UserError
 
 SCHEDULES = {
     "gpipe": "GPipe",
@@ -160,3 +163,34 @@ def draw(times: list[list[Slot]]) -> str:
         lines.append(f"rank {rank}  {line}")
     width = max(map(len, lines))
     return "\n".join(line.ljust(width, "·") for line in lines)
+
+
+COLOURS = {"F": "#4c78a8", "B": "#f58518", "I": "#e45756", "W": "#72b7b2"}
+
+
+def picture(times: list[list[Slot]], file: str | Path, title: str) -> None:
+    """The same as a PNG: a bar an action, with its micro-batch; paler for a rank's later stages."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    end = max(slot.end for slots in times for slot in slots)
+    n_stages = 1 + max(slot.action.stage for slots in times for slot in slots)
+    figure = Figure(figsize=(min(40.0, 2 + 0.22 * end), 1.2 + 0.4 * len(times)), layout="constrained")
+    axes = figure.subplots()
+    for rank, slots in enumerate(times):
+        for (kind, stage, m), start, stop in slots:
+            alpha = 1 - 0.6 * (stage // len(times)) / max(1, n_stages // len(times))
+            axes.barh(rank, stop - start, left=start, color=COLOURS[kind], alpha=alpha, edgecolor="white", linewidth=0.8)
+            axes.text((start + stop) / 2, rank, str(m), ha="center", va="center", fontsize=7)
+    axes.set(yticks=range(len(times)), yticklabels=[f"rank {rank}" for rank in range(len(times))], xlim=(0, end))
+    axes.set(xlabel="time, a forward pass of a stage = 1", title=title)
+    axes.invert_yaxis()
+    names = {"F": "forward", "B": "backward", "I": "for inputs", "W": "for weights"}
+    used = {slot.action.kind for slots in times for slot in slots}
+    handles = [Patch(color=COLOURS[kind], label=names[kind]) for kind in names if kind in used]
+    figure.legend(handles=handles, ncols=4, loc="outside lower center", frameon=False)
+    try:
+        FigureCanvasAgg(figure).print_png(str(file))
+    except OSError as error:
+        raise UserError(f"{file}: can't be written ({error.strerror}).") from None
