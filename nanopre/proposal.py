@@ -352,7 +352,7 @@ def layout_lines(p: Proposal) -> list[str]:
     memory, most = best.memory_bytes / 1e9, p.machine.accelerator.memory_bytes / 1e9
     return [
         f"{ranks} ({', '.join(options) or 'no strategy'}), {best.micro_batch_size:,} rows at a time; predicted: "
-        f"{best.seconds:.3g} s a step, MFU {best.mfu:.2f}, {memory:.1f} of {most:.1f} GB; the fastest of {p.n_layouts:,} that fit"
+        f"{best.seconds:.3g} s a step, MFU {best.mfu:.2f}, {memory:.1f} of {most:.1f} GB; the best of {p.n_layouts:,} that fit"
     ]
 
 

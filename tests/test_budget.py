@@ -12,8 +12,11 @@ from conftest import read_log, run_script
 from hypothesis import given, settings, strategies as st
 
 import plan
+import train
 from nanopre import UserError, accelerators, config as configs, parallel, planning, proposal, recipe
+from nanopre.budget import flops_for
 from nanopre.distributed import World, build_model
+from nanopre.laws import PUBLISHED
 
 # FLOP, parameters and tokens of the best models: Hoffmann et al. (2022), table 3.
 TABLE = [
@@ -57,9 +60,13 @@ def test_chinchilla_1_is_the_published_table_in_both_directions(budget, flops, p
     assert there["chosen"]["tokens"] == pytest.approx(tokens, rel=0.05)
     assert there["run"]["tokens"] == pytest.approx(tokens, rel=0.05)
     assert there["model"]["parameters"]["total"] == pytest.approx(params, rel=0.05)
-    back = budget("--law", "chinchilla-1", "--params", params)
-    assert back["budget"]["flops"] == pytest.approx(flops, rel=0.05)
-    assert back["chosen"]["tokens"] == pytest.approx(tokens, rel=0.05)
+    assert flops_for(PUBLISHED["chinchilla-1"][0], params) == pytest.approx(flops, rel=0.05)
+
+
+def test_a_budget_may_be_said_by_the_parameters_it_is_best_for(budget):
+    said = budget("--law", "chinchilla-1", "--params", 175e9)
+    assert said["budget"]["flops"] == pytest.approx(3.85e24, rel=0.05)
+    assert said["chosen"]["tokens"] == pytest.approx(3.7e12, rel=0.05)
 
 
 def test_chinchilla_3_has_its_exponents_unrounded(budget, tmp_path):
@@ -256,13 +263,11 @@ def test_train_py_takes_the_config_and_builds_the_model_of_the_plan(budget, tmp_
 
 
 @pytest.mark.parametrize("flops", [1e11, pytest.param(1e12, marks=pytest.mark.slow)])
-def test_a_tiny_plan_is_trained_as_planned(tmp_path, text_folder, cache_folder, flops):
+def test_a_tiny_plan_is_trained_as_planned(budget, capsys, tmp_path, text_folder, cache_folder, flops):
     file, text = tmp_path / "tiny.toml", f"{text_folder}/*.txt"
-    made = run_script("plan.py", "budget", "--law=chinchilla-1", "--flops", flops, "--corpus", text, "--out", file, "--json")
-    assert made.returncode == 0, made.stderr
-    said = json.loads(made.stdout)
-    printed = run_script("train.py", file, "--print-config")
-    assert printed.returncode == 0 and f"d_model = {said['model']['d_model']}\n" in printed.stdout
+    said = budget("--law", "chinchilla-1", "--flops", flops, "--corpus", text, "--out", file)
+    train.main([str(file), "--print-config"])
+    assert f"d_model = {said['model']['d_model']}\n" in capsys.readouterr().out
     flags = [f"--out_dir={tmp_path}/runs", f"--data.cache_dir={cache_folder}", "--train.samples=0", "--train.device=cpu"]
     trained = run_script("train.py", file, *flags, timeout=300)
     assert trained.returncode == 0, trained.stderr

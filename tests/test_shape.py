@@ -28,7 +28,7 @@ def build(family: str, n: float, **options):
     law=st.sampled_from(("chinchilla-1", "chinchilla-3", "besiroglu")),
     tensor=st.sampled_from((1, 2, 8)),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_budget_of_any_size_gets_a_model_of_the_size_asked_for(flops, family, law, tensor):
     n = float(PUBLISHED[law][0].allocate(flops).params)
     multiple = 64 if tensor == 1 else 128 * tensor
