@@ -63,5 +63,5 @@ RULES = {
     ),
 }
 """Three rules by name. DeepSeek's is the usual one here: of the three it alone has been followed at 1e23 to 1e24 FLOP, and its
-small exponents err least where it is taken beyond its runs. Step Law knows parameters and tokens apart, which matters for
+small exponents move least where it is taken beyond its runs. Step Law knows parameters and tokens apart, which matters for
 a model that is far from the best size for its budget."""
