@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -13,9 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from nanopre import UserError, config as configs, report, scaling
-from nanopre.plugins import Registry, load_plugins
+from nanopre import (
+    UserError,
+    accelerators,
+    budget,
+    checkpoint,
+    config as configs,
+    cost,
+    layouts,
+    memory,
+    parallel,
+    planning,
+    proposal,
+    recipe,
+    report,
+    scaling,
+    shape,
+    timetable,
+)
+from nanopre.distributed import World
+from nanopre.laws import PUBLISHED
+from nanopre.plugins import Registry, load_plugins, nearest
 from nanopre.runs import Runs, read_runs
 
 
@@ -29,10 +50,13 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> None:
     parser = Parser(prog="plan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_fit, add_compare):
+    for add in (add_fit, add_compare, add_budget, add_memory, add_layout, add_schedule):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-    a = parser.parse_args(argv)
+    a, rest = parser.parse_known_args(argv)
+    if not hasattr(a, "overrides") and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    a.overrides = rest
     result, text = a.run(a)
     print(json.dumps(result, indent=1) if a.json else text)
 
@@ -186,12 +210,215 @@ def write_figures(a: argparse.Namespace, chosen: dict, fits: dict, runs: Runs, f
         write(a.report, report.page(runs, fits, figures, flops))
 
 
+# budget: from a compute budget to a run.
+
+
+def add_budget(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        "budget",
+        help="from a compute budget to a config that runs",
+        description="Say the budget as --flops, as --params, as --gpu-hours, or as --gpus and --hours.",
+        allow_abbrev=False,
+    )
+    command.add_argument("--flops", type=positive(float), help="FLOP of training, as 5.76e23")
+    command.add_argument("--params", type=positive(float), help="the budget for which so many parameters are best, as 7e9")
+    command.add_argument("--gpu-hours", type=positive(float), help="hours of one GPU, or of all together")
+    command.add_argument("--hours", type=positive(float), help="of --gpus")
+    command.add_argument("--gpus", type=positive(int), help="how many; with it a layout is looked for")
+    command.add_argument("--gpu", help=f"which accelerator (default, where one is needed: {GPU})")
+    command.add_argument("--accelerators", metavar="FILE", help="a TOML file with more accelerators")
+    command.add_argument("--mfu", type=positive(float), help=f"part of the peak (default: the layout's, or {proposal.MFU})")
+    names = ", ".join(PUBLISHED)
+    command.add_argument("--law", default="besiroglu", help=f"{names}, or what plan.py fit --out wrote (default: besiroglu)")
+    command.add_argument("--tokens-available", type=positive(float), default=math.inf, help="different ones, which may repeat")
+    command.add_argument("--inference-tokens", type=positive(float), default=0.0, help="that the model will be used on")
+    command.add_argument("--family", default="llama", help="of the model (default: llama)")
+    command.add_argument("--vocab-size", type=positive(int), default=0, help="tokens (default: by the model's size)")
+    command.add_argument("--seq-len", type=positive(int), default=0, help="tokens of a row (default: by the model's size)")
+    command.add_argument("--rule", default="deepseek", help=f"of batch and rate: {', '.join(recipe.RULES)} (default: deepseek)")
+    command.add_argument("--corpus", default="stdlib", help="data.corpus of the config (default: stdlib)")
+    command.add_argument("--plugins", action="append", default=[], metavar="PATH", help="a file or folder of plugins")
+    command.add_argument("--out", metavar="FILE.toml", help="write the config that train.py takes")
+    command.set_defaults(run=run_budget)
+    return command
+
+
+def run_budget(a: argparse.Namespace) -> tuple[dict, str]:
+    plugins = load_plugins(a.plugins, where="--plugins")
+    fit = scaling.read_law(a.law, plugins)
+    for flag, word, known in (("--family", a.family, plugins.offers("model")), ("--rule", a.rule, recipe.RULES)):
+        if word not in known:
+            raise UserError(f"{flag} {word}: there is none of this name; {nearest(word, list(known))}")
+    if 0 < a.vocab_size < shape.BYTES:
+        raise UserError(f"--vocab-size {a.vocab_size}: must be at least {shape.BYTES}, the bytes and the special tokens.")
+    flops, flops_are, machine = spend(a, fit)
+    sized = budget.size(fit, flops, a.inference_tokens, a.tokens_available)
+    made = proposal.propose(
+        flops_are, fit, sized, plugins, machine, a.family, a.rule, a.seq_len, a.vocab_size, a.corpus, a.plugins
+    )
+    if a.out:
+        write(a.out, made.to_toml())
+    start = f"torchrun --nproc-per-node={min(a.gpus, machine.accelerator.node_gpus)}" if (a.gpus or 1) > 1 else "python"
+    hint = f"{start} train.py {a.out}" if a.out else "--out FILE.toml writes the config"
+    return made.to_dict(), f"{proposal.text(made)}\n\n{hint}"
+
+
+GPU = "h100"
+
+
+def spend(a: argparse.Namespace, fit: scaling.Fit) -> tuple[float, str, proposal.Machine | None]:
+    """(FLOPs, how they came about, the accelerators) of the flags."""
+    ways = "--flops, --params, --gpu-hours, or --gpus with --hours"
+    given = [f"--{flag.replace('_', '-')}" for flag in ("flops", "params", "gpu_hours", "hours") if getattr(a, flag)]
+    if not given:
+        raise UserError(f"no budget; say one of {ways}.")
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: each is a budget; say only one of {ways}.")
+    if a.hours and not a.gpus:
+        raise UserError("--hours: of how many GPUs? Say --gpus too, or --gpu-hours instead.")
+    if a.mfu and a.mfu > 1:
+        raise UserError(f"--mfu {a.mfu:g}: must be at most 1, a part of the peak.")
+    machine = None
+    if a.gpu or a.gpus or a.gpu_hours or a.mfu or a.accelerators:
+        hours = a.gpu_hours or (a.gpus or 0) * (a.hours or 0)
+        name = a.gpu or GPU
+        machine = proposal.Machine(name, accelerators.accelerator(name, a.accelerators), a.gpus or 0, a.mfu or 0.0, hours)
+    if a.flops:
+        return a.flops, f"{a.flops:.3g} FLOP", machine
+    if a.params:
+        flops = budget.flops_for(fit.law, a.params)
+        return flops, f"{flops:.3g} FLOP, for which {budget.short(a.params)} parameters are best", machine
+    peak, mfu = machine.accelerator.peak_flops, a.mfu or proposal.MFU
+    flops = machine.budget_hours * 3600 * peak * mfu
+    hours = f"{a.gpus:,} x {a.hours:,g} hours" if a.hours else f"{a.gpu_hours:,g} hours"
+    source = "as said" if a.mfu else "an assumption"
+    return flops, f"{flops:.3g} FLOP: {hours} of {machine.gpu} x {peak:.3g} FLOP/s x an MFU of {mfu:.2f}, {source}", machine
+
+
 def write(path: str | Path, content: str | bytes) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror}).") from None
+
+
+# memory, layout, schedule: a config on accelerators.
+
+
+def at_least_one(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+at_least_one.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    """What `memory` and `layout` both take."""
+    command.add_argument("config", help="a TOML file as train.py takes it; --section.key=value sets a key of it")
+    command.add_argument("--gpu", required=True, help="which accelerator, as h100")
+    command.add_argument("--gpus", type=at_least_one, default=1, help="how many (default: 1)")
+    command.add_argument("--accelerators", metavar="FILE", help="a TOML file with more accelerators")
+    command.set_defaults(overrides=[])
+
+
+def read_config(a: argparse.Namespace) -> tuple:
+    """(config, plugins, accelerator) of the flags."""
+    accelerator = accelerators.accelerator(a.gpu, a.accelerators)
+    return *configs.load(a.config, a.overrides, checkpoint.read_config), accelerator
+
+
+def add_memory(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("memory", help="what each GPU holds in a step, item by item", allow_abbrev=False)
+    add_config(command)
+    command.add_argument(
+        "--state-bits", type=at_least_one, metavar="BITS", help="of each of two moments, in place of the optimizer's own"
+    )
+    command.set_defaults(run=run_memory)
+    return command
+
+
+def run_memory(a: argparse.Namespace) -> tuple[dict, str]:
+    config, plugins, accelerator = read_config(a)
+    (n_vocab, source), example, model = planning.vocabulary(config), planning.example(config), planning.shape(config)
+    layout = parallel.plan(config, plugins, World(0, 0, a.gpus, torch.device("cpu")), model)
+    weights = None
+    if a.state_bits:
+        sizes = layout.sizes
+        weights = memory.Weights(model, sizes["tensor"], sizes["shard"], lambda kind, n: 2 * a.state_bits / 8 * n)
+    products = 4 if config.train.precision == "float32" else 2
+    stages = memory.estimate(config, layout, model, example, "cuda", products, weights)
+    n = cost.parameters(model.config)["total"]
+    result = {
+        "gpu": a.gpu, "memory_bytes": accelerator.memory_bytes, "layout": str(layout), "parameters": n, "vocab_size": n_vocab,
+        "vocab_from": source, "fits": all(stage.peak <= accelerator.memory_bytes for stage in stages),
+        "stages": [dataclasses.asdict(stage) for stage in stages],
+    }  # fmt: skip
+    head = f"{n:,} parameters; vocabulary of {n_vocab:,} ({source}); {a.gpu}; {layout}"
+    return result, f"{head}\n\n{memory.text(stages, accelerator.memory_bytes)}"
+
+
+def add_layout(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("layout", help="which layout of the GPUs takes the least time a step", allow_abbrev=False)
+    add_config(command)
+    how = command.add_mutually_exclusive_group()
+    how.add_argument(
+        "--efficiency", type=float, default=layouts.EFFICIENCY,
+        help=f"of the peak, that products reach while nothing is waited for (default: {layouts.EFFICIENCY})",
+    )  # fmt: skip
+    how.add_argument("--calibrate", metavar="RUN", type=Path, help="take it from a run on such GPUs")
+    command.set_defaults(run=run_layout)
+    return command
+
+
+def run_layout(a: argparse.Namespace) -> tuple[dict, str]:
+    config, plugins, accelerator = read_config(a)
+    if not 0 < a.efficiency <= 1:
+        raise UserError(f"--efficiency {a.efficiency:g}: it must be above 0 and at most 1.")
+    efficiency = calibrated(a.calibrate, accelerator) if a.calibrate else a.efficiency
+    found = layouts.search(config, plugins, accelerator, a.gpus, efficiency)
+    result = {"gpu": a.gpu, "gpus": a.gpus, "efficiency": efficiency, **dataclasses.asdict(found)}
+    result["reasons"] = [{"reason": reason, "layouts": n} for reason, n in found.reasons()]
+    return result, layouts.text(found, accelerator, a.gpus, efficiency)
+
+
+def calibrated(run: Path, accelerator: accelerators.Accelerator) -> float:
+    """The efficiency of a run. How many GPUs it had follows from its MFU; without one, on a CPU, it was one process."""
+    config, plugins = configs.load(run / "config.toml")
+    seconds, mfu = planning.measured_seconds(run)
+    flops = config.train.batch_size * cost.flops(planning.shape(config).config, planning.example(config))
+    gpus = max(1, round(flops / seconds / mfu / accelerator.peak_flops)) if mfu else 1
+    return layouts.calibrate(config, plugins, accelerator, gpus, seconds, f"--calibrate {run}")
+
+
+def add_schedule(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("schedule", help="draw a pipeline's timetable", allow_abbrev=False)
+    command.add_argument("--stages", type=at_least_one, default=4, help="ranks of the pipeline (default: 4)")
+    command.add_argument("--microbatches", type=at_least_one, default=8, help="default: 8")
+    command.add_argument("--schedule", default="1f1b", help=f"{', '.join(timetable.SCHEDULES)} (default: 1f1b)")
+    command.add_argument("--stages-per-rank", type=at_least_one, default=0, help="of a schedule that gives a rank several")
+    command.add_argument("--png", metavar="FILE", help="draw it as a picture, too")
+    command.set_defaults(run=run_schedule)
+    return command
+
+
+def run_schedule(a: argparse.Namespace) -> tuple[dict, str]:
+    options = {"degree": a.stages, "microbatches": a.microbatches, "schedule": a.schedule, "stages_per_rank": a.stages_per_rank}
+    n_layers = a.stages * max(2, a.stages_per_rank)
+    table = {"model": {"n_layers": n_layers}, "train": {"batch_size": a.microbatches}, "parallel": {"pipeline": options}}
+    config, plugins = configs.from_dict(table, "plan.py schedule")
+    parallel.plan(config, plugins, World(0, 0, a.stages, torch.device("cpu")))
+    v = config.parallel["pipeline"].stages_per_rank
+    times = timetable.simulate(timetable.actions(a.schedule, a.stages, a.microbatches, v))
+    idle, held = timetable.bubble(times), timetable.held(times)
+    result = {"schedule": a.schedule, "stages_per_rank": v, "bubble": idle, "held": held}
+    result["ranks"] = [[{**slot.action._asdict(), "start": slot.start, "end": slot.end} for slot in slots] for slots in times]
+    lines = [f"{a.schedule}: idle {100 * idle:.1f}%, holds {', '.join(map(str, held))}", "", timetable.draw(times)]
+    if a.png:
+        timetable.picture(times, a.png, lines[0])
+    return result, "\n".join(lines)
 
 
 if __name__ == "__main__":

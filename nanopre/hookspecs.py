@@ -42,6 +42,7 @@ METHODS = {
 """What a class of each kind must be able to do."""
 
 OPTIONAL_METHODS = {
+    "optimizer": ("state_bytes",),
     "objective": ("adapt", "columns", "prepare", "evaluate", "sample"),
     "dataset": ("records",),
     "parallel": ("check", "engine"),
@@ -121,6 +122,8 @@ def nanopre_optimizers(register: Register) -> None:
 
     And where it needs it:
     weights: ("float32", "bfloat16") if it can train both, and keeps the small updates of bfloat16 weights (train.weights).
+    state_bytes(kind, n) -> bytes that it keeps for a parameter of n numbers, for plan.py: kind is "matrix" of a block, "end"
+        (embeddings and output projection) or "vector". Without it AdamW's 8 n are assumed.
     """
 
 

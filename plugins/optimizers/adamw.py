@@ -32,6 +32,9 @@ class AdamW:
         at_least(self, lr=0, eps=0, weight_decay=0)
         below_one(self, "beta1", "beta2")
 
+    def state_bytes(self, kind: str, n: float) -> float:
+        return 8 * n  # two moments, float32 for bfloat16 weights, too
+
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         matrices, ends, vectors = split_parameters(model)
         groups = [

@@ -30,6 +30,9 @@ class AdamW8bit:
         at_least(self, lr=0, eps=0, weight_decay=0)
         below_one(self, "beta1", "beta2")
 
+    def state_bytes(self, kind: str, n: float) -> float:
+        return 2 * (n + n / 256 * 4) if kind != "vector" and n >= 4096 else 8 * n  # a scale a block of 256
+
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         try:
             from torchao.optim import AdamW8bit as TorchAO

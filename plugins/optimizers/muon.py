@@ -31,6 +31,9 @@ class Muon:
         at_least(self, lr=0, adamw_lr=0, eps=0, weight_decay=0)
         below_one(self, "momentum", "beta1", "beta2")
 
+    def state_bytes(self, kind: str, n: float) -> float:
+        return 4 * n if kind == "matrix" else 8 * n
+
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         matrices, ends, vectors = split_parameters(model)
         rest = [{"params": ends, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
