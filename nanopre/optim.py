@@ -66,16 +66,16 @@ def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
 def build(plugin: Any, model: nn.Module) -> list[torch.optim.Optimizer]:
     """The optimizers of the configured plugin. Raises UserError where its build gives anything else, or where it is not
     made for bfloat16 weights or muP."""
-    if model.config.mup_base_width and not getattr(plugin, "mup", False):
-        raise UserError(
-            f'model.mup_base_width: optimizer "{plugin._plugin_name}" has no rule for muP\'s learning rates; take "adamw".'
-        )
     optimizers = plugin.build(model)
     is_list = isinstance(optimizers, (list, tuple)) and optimizers
     if not (is_list and all(isinstance(optimizer, torch.optim.Optimizer) for optimizer in optimizers)):
         given = " ".join(repr(optimizers).split())[:80]
         raise UserError(
             f'optimizer: the build of "{plugin._plugin_name}" gave {given}; it must give a list of torch.optim.Optimizer.'
+        )
+    if model.config.mup_base_width and not getattr(plugin, "mup", False):
+        raise UserError(
+            f'model.mup_base_width: optimizer "{plugin._plugin_name}" has no rule for muP\'s learning rates; take "adamw".'
         )
     if any(p.dtype == torch.bfloat16 for p in model.parameters()) and "bfloat16" not in getattr(plugin, "weights", ()):
         raise UserError(

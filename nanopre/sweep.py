@@ -29,8 +29,6 @@ from nanopre.distributed import padded_vocabulary
 from nanopre.model import ModelConfig
 
 MIN_STEPS = 50  # of a run: below, warm-up and decay are all there is
-COLUMNS = ("params", "tokens", "loss", "flops", "run", "unique_tokens", "params_non_embedding", "budget")
-"""Of points.csv. `run` is the size, `budget` the one that the point was designed for; `flops` is 6 N D."""
 
 
 @dataclass
@@ -52,10 +50,17 @@ class Point:
 class Size:
     """A model's shape with its points, the fewest tokens first."""
 
-    name: str
-    params: int  # N: all of them, embeddings included
-    params_non_embedding: int
+    model: ModelConfig
     points: list[Point] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"d{self.model.d_model}-l{self.model.n_layers}"
+
+    @property
+    def params(self) -> int:
+        """N: all of them, embeddings included."""
+        return cost.parameters(self.model)["total"]
 
     @property
     def steps(self) -> int:
@@ -125,8 +130,7 @@ def design(config: configs.Config, rungs: Sequence[tuple[float, list[float]]], c
     sizes: list[Size] = []
     for wanted, budgets in rungs:
         model, settings = scaled(config, wanted, corpus.tokenizer.n_vocab)
-        counted = cost.parameters(settings)
-        size = Size(f"d{settings.d_model}-l{settings.n_layers}", counted["total"], counted["blocks"])
+        size = Size(settings)
         if any(other.name == size.name for other in sizes):
             raise UserError(
                 f"--size-ratio: two of the sizes, near {wanted:.3g} parameters, are the same model, {size.name}; raise it, or "
@@ -314,33 +318,43 @@ def final_loss(folder: Path, steps: int) -> float | None:
 
 
 def collect(plan: Design, out: Path) -> list[dict[str, Any]]:
-    """The points of all runs that are done, by COLUMNS; written to points.csv."""
+    """The points of all runs that are done, by the columns of nanopre.runs.Runs; written to points.csv. A `run` is a size."""
     rows = []
     for size in plan.sizes:
         for point in size.points:
             loss = final_loss(out / "runs" / point.name, point.steps)
             tokens = point.steps * plan.tokens_per_step
             if loss is not None:
-                values = (size.params, tokens, loss, 6.0 * size.params * tokens, size.name,
-                          min(tokens, plan.unique_tokens), size.params_non_embedding, point.budget)  # fmt: skip
-                rows.append(dict(zip(COLUMNS, values, strict=True)))
-    with open(out / "points.csv", "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+                rows.append({
+                    "params": size.params,
+                    "tokens": tokens,
+                    "loss": loss,
+                    "flops": 6.0 * size.params * tokens,
+                    "run": size.name,
+                    "unique_tokens": min(tokens, plan.unique_tokens),
+                    "embedding_params": size.params - cost.parameters(size.model)["blocks"],
+                    "d_model": size.model.d_model,
+                    "n_layers": size.model.n_layers,
+                    "batch_size": plan.tokens_per_step,
+                })  # fmt: skip
+    if rows:
+        with open(out / "points.csv", "w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
     return rows
 
 
 def table(plan: Design, rows: Sequence[dict[str, Any]]) -> str:
     """The design, a line a run, with the losses that are there."""
-    losses = {(row["run"], row["budget"]): row["loss"] for row in rows}
-    lines = [f"{'run':<22}{'N':>13}{'not embedding':>15}{'steps':>9}{'tokens':>15}{'D / N':>8}{'FLOPs':>10}{'loss':>9}"]
+    losses = {(row["run"], row["tokens"]): row["loss"] for row in rows}
+    lines = [f"{'run':<22}{'N':>15}{'steps':>9}{'tokens':>17}{'D / N':>8}{'FLOPs':>10}{'loss':>9}"]
     for size in plan.sizes:
         for point in size.points:
             tokens = point.steps * plan.tokens_per_step
-            loss = losses.get((size.name, point.budget))
+            loss = losses.get((size.name, tokens))
             lines.append(
-                f"{point.name:<22}{size.params:>13,}{size.params_non_embedding:>15,}{point.steps:>9,}{tokens:>15,}"
+                f"{point.name:<22}{size.params:>15,}{point.steps:>9,}{tokens:>17,}"
                 f"{tokens / size.params:>8.1f}{6.0 * size.params * tokens:>10.2e}{'' if loss is None else f'{loss:.4f}':>9}"
             )
     lines.append(
