@@ -1,16 +1,24 @@
 """From measured runs and a budget to the next run.
 
-python plan.py COMMAND --help        what a command takes; every command has --json
+    python plan.py COMMAND --help        what a command takes; every command has --json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
-from nanopre import UserError, config as configs, corpus as corpora, sweep
+import numpy as np
+import tomli_w
+
+from nanopre import UserError, config as configs, corpus as corpora, machine, report, scaling, sweep, trial, upscale
+from nanopre.plugins import Registry, load_plugins
+from nanopre.runs import Runs, read_runs
 
 HERE = Path(__file__).parent
 
@@ -22,85 +30,292 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help.")
 
 
-def main(argv: list[str]) -> None:
+def command_line() -> Parser:
     parser = Parser(prog="plan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_sweep,):
+    for add in (add_fit, add_compare, add_sweep, add_lr, add_batch, add_upscale):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-    a = parser.parse_args(argv)
-    result, text = a.run(a)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    a = command_line().parse_args(argv)
+    with redirect_stdout(sys.stderr):  # what is said on the way
+        result, text = a.run(a)
     print(json.dumps(result, indent=1) if a.json else text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sweep
+def positive(kind: type, zero: bool = False):
+    """A type of argparse: a finite number above zero, or from zero on."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not (0 <= value < math.inf) or (value == 0 and not zero):
+            raise argparse.ArgumentTypeError(f"{text} must be {'at least' if zero else 'above'} 0 and finite")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"  # argparse: "invalid whole number value: 'x'"
+    return parse
+
+
+# fit and compare: laws of measured runs.
+
+
+def add_fit(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("fit", help="fit a scaling law to measured runs", allow_abbrev=False)
+    command.add_argument("--analyzer", default="parametric", help="which law (default: parametric)")
+    command.add_argument("--flops", type=positive(float), help="also say how the law would spend this budget")
+    command.add_argument("--out", metavar="FILE", help="write the law, for plan.py budget --law FILE")
+    add_runs(command, bootstrap=200)
+    command.set_defaults(run=run_fit)
+    return command
+
+
+def add_compare(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("compare", help="fit every law to the same runs, side by side", allow_abbrev=False)
+    command.add_argument("--flops", type=positive(float), help="the budget to compare at (default: 10 times the largest run's)")
+    add_runs(command, bootstrap=100)
+    command.set_defaults(run=run_compare)
+    return command
+
+
+def add_runs(command: argparse.ArgumentParser, bootstrap: int) -> None:
+    """What `fit` and `compare` both take."""
+    command.add_argument("runs", nargs="+", help="folders of runs, .csv or .jsonl files with params, tokens, loss")
+    command.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="as params=N: a file's column")
+    command.add_argument("--metric", default="val_loss", help="of log.jsonl, what is the loss (default: val_loss)")
+    command.add_argument("--last", action="store_true", help="only the last point of each run")
+    command.add_argument("--drop-highest", type=positive(int, zero=True), default=0, metavar="K", help="without the K highest losses")
+    command.add_argument("--option", action="append", default=[], metavar="NAME.KEY=VALUE", help="an analyzer's option")
+    command.add_argument("--plugins", action="append", default=[], metavar="PATH", help="a file or folder of plugins")
+    command.add_argument(
+        "--bootstrap", type=positive(int, zero=True), default=bootstrap, metavar="N",
+        help=f"resamples that intervals are from (default: {bootstrap})",
+    )  # fmt: skip
+    command.add_argument("--seed", type=positive(int, zero=True), default=0, help="of the resamples (default: 0)")
+    command.add_argument("--figures", metavar="FOLDER", help="write a PNG for each law")
+    command.add_argument("--report", metavar="FILE.html", help="write one page with tables and figures")
+
+
+def run_fit(a: argparse.Namespace) -> tuple[dict, str]:
+    plugins = load_plugins(a.plugins, where="--plugins")
+    runs = chosen_runs(a)
+    (analyzer,) = analyzers(a, plugins, [a.analyzer]).values()
+    fit = scaling.fit(analyzer, a.analyzer, runs, a.bootstrap, a.seed)
+    if a.out:
+        write(a.out, json.dumps(fit.to_dict()))
+    write_figures(a, {a.analyzer: analyzer}, {a.analyzer: fit}, runs, a.flops)
+    result = fit.to_dict()
+    if a.flops:
+        result["allocation"] = allocation(fit, a.flops)
+    return result, report.fit_text(fit, runs, a.flops)
+
+
+def run_compare(a: argparse.Namespace) -> tuple[dict, str]:
+    plugins = load_plugins(a.plugins, where="--plugins")
+    runs = chosen_runs(a)
+    flops = a.flops or 10 * runs.flops.max()
+    chosen = analyzers(a, plugins, sorted(plugins.offers("analyzer")))
+    fits: dict[str, scaling.Fit | str] = {}
+    for name, analyzer in chosen.items():
+        try:
+            fits[name] = scaling.fit(analyzer, name, runs, a.bootstrap, a.seed)
+        except UserError as error:
+            fits[name] = str(error)
+    write_figures(a, chosen, fits, runs, flops)
+    rows = {
+        name: {"reason": fit} if isinstance(fit, str) else fit.to_dict() | {"allocation": allocation(fit, flops)}
+        for name, fit in fits.items()
+    }
+    return {"flops": flops, "laws": rows}, report.comparison_text(fits, runs, flops)
+
+
+def chosen_runs(a: argparse.Namespace) -> Runs:
+    """The points that the flags name."""
+    columns = {}
+    for text in a.column:
+        ours, equals, theirs = text.partition("=")
+        if not (ours and equals and theirs):
+            raise UserError(f"--column {text}: it must be like params=N, nanopre's name first.")
+        columns[ours] = theirs
+    runs = read_runs(a.runs, columns, a.metric)
+    if a.last:
+        runs = runs.last()
+    if a.drop_highest >= len(runs):
+        raise UserError(f"--drop-highest {a.drop_highest}: the runs have {len(runs)} points.")
+    return runs[np.sort(np.argsort(runs.loss, kind="stable")[: len(runs) - a.drop_highest])]
+
+
+def analyzers(a: argparse.Namespace, plugins: Registry, names: list[str]) -> dict[str, Any]:
+    """The analyzers of these names, with the options that --option gives them."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name in names:
+        plugins.get("analyzer", name, "--analyzer")
+        tables[name] = {"name": name}
+    for text in a.option:
+        key, value, _ = configs.parse_override(f"--{text}")
+        name, dot, option = key.partition(".")
+        if not dot or name not in tables:
+            raise UserError(f"--option {text}: it must be like {names[0]}.KEY=VALUE, with the name of {' or '.join(names)}.")
+        tables[name][option] = value
+    return {name: configs.build_plugin(plugins, "analyzer", table, f"--option {name}") for name, table in tables.items()}
+
+
+def allocation(fit: scaling.Fit, flops: float) -> dict[str, Any]:
+    """How the law spends a budget: params, tokens and loss, each with its 95% interval."""
+    best = fit.law.allocate(flops)
+    intervals = {name: fit.interval(lambda law, name=name: getattr(law.allocate(flops), name)) for name in best._fields}
+    return scaling.plain({"flops": flops, **best._asdict(), "intervals": {k: v for k, v in intervals.items() if v}})
+
+
+def write_figures(a: argparse.Namespace, chosen: dict, fits: dict, runs: Runs, flops: float | None) -> None:
+    """The PNGs and the page that --figures and --report ask for."""
+    if not (a.figures or a.report):
+        return
+    fitted = {name: fit for name, fit in fits.items() if isinstance(fit, scaling.Fit)}
+    figures = {
+        name: report.figure(lambda figure, name=name, fit=fit: chosen[name].draw(figure, runs, fit))
+        for name, fit in fitted.items()
+        if hasattr(chosen[name], "draw")
+    }
+    if flops and fitted:
+        figures["compare"] = report.comparison_figure(fitted, runs, flops)
+    if a.figures:
+        for name, png in figures.items():
+            write(Path(a.figures) / f"{name}.png", png)
+    if a.report:
+        write(a.report, report.page(runs, fits, figures, flops))
+
+
+# sweep, lr, batch and upscale: small runs, and from them to the big one.
 
 
 def add_sweep(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("sweep", help="small runs within a budget: designed, run, fitted", allow_abbrev=False)
     command.add_argument("config", help="a TOML file: what all runs have in common, and the learning rate of its width")
-    command.add_argument("--budget", type=positive, required=True, help="FLOPs (6 N D) of all the runs together")
-    command.add_argument("--out", type=Path, required=True, help="the sweep's folder")
-    command.add_argument("--approach", choices=("envelope", "isoflop", "parametric"), default="isoflop")
-    command.add_argument("--sizes", type=whole(2), default=6, help="models at each budget")
-    command.add_argument("--budgets", type=whole(2), default=3, help="how many, geometric")
-    command.add_argument("--span", type=above_one, default=10.0, help="the largest budget by the smallest")
-    command.add_argument("--size-ratio", type=above_one, default=2.0, help="parameters of one size by the next smaller's")
-    command.add_argument("--tokens-per-param", type=positive, default=20.0, help="of the best model: the sizes lie around it")
-    command.add_argument("--run", action="store_true", dest="start", help="run what is not done yet, then fit")
-    command.add_argument("--jobs", type=whole(1), default=1, help="sizes that run at a time")
-    default = f"{sys.executable} {{train}} {{config}}"
-    command.add_argument("--launch", default=default, help="as 'torchrun --nproc-per-node=2 {train} {config}'")
+    command.add_argument("--budget", type=positive(float), required=True, help="FLOPs (6 N D) of all the runs together")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the sweep lives")
+    command.add_argument("--approach", choices=("envelope", "isoflop", "parametric"), default="isoflop", help="to serve")
+    command.add_argument("--sizes", type=at_least(2), default=6, help="models at each budget (default: 6)")
+    command.add_argument("--budgets", type=at_least(2), default=3, help="how many, geometric (default: 3)")
+    command.add_argument("--span", type=at_least(1.1), default=10.0, help="the largest budget by the smallest (default: 10)")
+    command.add_argument("--size-ratio", type=at_least(1.1), default=2.0, help="of a size to the next smaller (default: 2)")
+    command.add_argument(
+        "--tokens-per-param", type=positive(float), default=20.0, help="of the models that sizes lie around (default: 20)"
+    )
+    command.add_argument("--run", action="store_true", dest="start", help="run what is not done yet, then fit and predict")
+    command.add_argument("--jobs", type=at_least(1), default=1, help="sizes that run at a time (default: 1)")
+    command.add_argument(
+        "--launch", default=f"{sys.executable} {{train}} {{config}}", help="as 'torchrun --nproc-per-node=2 {train} {config}'"
+    )
+    command.add_argument("--target", type=positive(float), help="FLOPs to predict for (default: 10 times the largest budget)")
     command.set_defaults(run=run_sweep)
     return command
 
 
+def at_least(least: float):
+    """A type of argparse: a finite number from `least` on, whole if that is."""
+    kind = type(least)
+
+    def parse(text: str):
+        if not least <= (value := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least} and finite")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
+
+
 def run_sweep(a: argparse.Namespace) -> tuple[dict, str]:
     config, plugins = configs.load(a.config)
-    runner = sweep.Runner(a.out, HERE / "train.py", a.launch, a.jobs, lambda text: print(text, file=sys.stderr, flush=True))
+    runner = sweep.Runner(a.out, HERE / "train.py", a.launch, a.jobs)
+    if hasattr(config.objective, "columns"):
+        raise UserError(f"{a.config}: objective {config.objective._plugin_name} learns from examples; a sweep takes running text.")
     corpus = corpora.prepare(config, plugins)
     if not corpus.val.n_tokens:
-        raise UserError(
-            f"{a.config}: data.val_fraction = 0 leaves nothing to measure the runs on; raise it or set data.val_corpus."
-        )
-    base = configs.to_dict(config)
-    decay = base["schedule"]["decay_fraction"]
+        raise UserError(f"{a.config}: data.val_fraction = 0 leaves nothing to measure the runs on; raise it or set data.val_corpus.")
+    decay = config.schedule.decay_fraction
     rungs = sweep.ladder(a.approach, a.budget, a.sizes, a.budgets, a.span, a.size_ratio, a.tokens_per_param, decay)
     plan = sweep.design(config, rungs, corpus, a.out)
     sweep.write(plan, a.out)
     if a.start:
         runner.run(plan)
     points = sweep.collect(plan, a.out)
-    return {"flops": plan.flops, "points": points}, sweep.table(plan, points)
+    result, text = {"flops": plan.flops, "points": points}, sweep.table(plan, points)
+    if a.start:
+        target = [] if a.target is None else [f"--flops={a.target}"]
+        compare = ["compare", str(a.out / "points.csv"), f"--report={a.out / 'report.html'}", *target]
+        result["compare"], compared = run_compare(command_line().parse_args(compare))
+        text += f"\n\n{compared}\n\nFigures are in {a.out / 'report.html'}."
+    return result, text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers on the command line
+def add_lr(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("lr", help="which learning rate a training bears: a range test", allow_abbrev=False)
+    command.add_argument("config", help="a TOML file")
+    command.add_argument("--low", type=positive(float), default=1e-5, help="the first rate (default: 1e-5)")
+    command.add_argument("--high", type=positive(float), default=1.0, help="the last rate (default: 1)")
+    command.add_argument("--steps", type=at_least(20), default=300, help="from one to the other (default: 300)")
+    command.add_argument("--figure", metavar="FILE.png", help="write the curve")
+    command.set_defaults(run=run_lr)
+    return command
 
 
-def positive(text: str) -> float:
-    if not 0 < (number := float(text)) < float("inf"):
-        raise ValueError
-    return number
+def run_lr(a: argparse.Namespace) -> tuple[dict, str]:
+    if a.low >= a.high:
+        raise UserError(f"--low {a.low:g}: must be below --high {a.high:g}.")
+    test = trial.range_test(*configs.load(a.config), a.low, a.high, a.steps)
+    if a.figure:
+        write(a.figure, report.figure(test.draw, (7, 4.2)))
+    result = {"biggest": test.biggest, "recommended": test.recommended, "rates": test.rates, "losses": test.losses}
+    return scaling.plain(result), test.text()
 
 
-def above_one(text: str) -> float:
-    if not 1 < (number := float(text)) < float("inf"):
-        raise ValueError
-    return number
+def add_batch(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("batch", help="the largest and the fastest micro-batch on this machine", allow_abbrev=False)
+    command.add_argument("config", help="a TOML file")
+    command.add_argument("--up-to", type=at_least(1), help="rows (default: train.batch_size)")
+    command.add_argument("--steps", type=at_least(1), default=3, help="that are timed, after a first one (default: 3)")
+    command.add_argument("--memory", type=positive(float), help="GiB that a CPU's process may take (default: half of what is free)")
+    command.set_defaults(run=run_batch)
+    return command
 
 
-def whole(least: int):
-    """The type of a whole number from `least` on."""
+def run_batch(a: argparse.Namespace) -> tuple[dict, str]:
+    config, _ = configs.load(a.config)
+    table = configs.to_dict(config)
+    table["train"]["device"] = device = machine.choose_device(config.train.device).type
+    limit = trial.free_memory() / 2 if a.memory is None else a.memory * 2**30
+    up_to = a.up_to or config.train.batch_size
+    tried = trial.largest_batch(lambda rows: trial.measure_batch(table, rows, a.steps, limit), up_to)
+    result = {"device": device, "tried": [vars(m) for m in tried]}
+    return result, trial.batch_text(tried, up_to, limit if device == "cpu" else None)
 
-    def number(text: str) -> int:
-        if (value := int(text)) < least:
-            raise ValueError
-        return value
 
-    number.__name__ = f"whole number (at least {least})"
-    return number
+def add_upscale(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("upscale", help="from the best of many small runs to the big one, by muP", allow_abbrev=False)
+    command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders that hold such")
+    command.add_argument("--params", type=positive(float), required=True, help="of the big model, embeddings included")
+    command.add_argument("--tokens", type=positive(float), required=True, help="that it is trained on")
+    command.add_argument("--out", metavar="FILE.toml", required=True, help="its config, which train.py accepts")
+    command.set_defaults(run=run_upscale)
+    return command
+
+
+def run_upscale(a: argparse.Namespace) -> tuple[dict, str]:
+    best = upscale.best(a.runs)
+    table, text = upscale.upscaled(best, a.params, a.tokens, Path(a.out).stem)
+    write(a.out, tomli_w.dumps(table))
+    return {"from": str(best.folder), "loss": best.loss, "config": table}, f"{text}\n{a.out} is written: python train.py {a.out}"
+
+
+def write(path: str | Path, content: str | bytes) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}).") from None
 
 
 if __name__ == "__main__":

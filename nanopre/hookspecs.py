@@ -45,6 +45,7 @@ OPTIONAL_METHODS = {
     "objective": ("adapt", "columns", "prepare", "evaluate", "sample"),
     "dataset": ("records",),
     "parallel": ("check", "engine"),
+    "analyzer": ("refit", "notes", "draw"),
 }
 """What a class of a kind may be able to do besides."""
 
@@ -161,9 +162,17 @@ def nanopre_loggers(register: Register) -> None:
 
 @hookspec
 def nanopre_analyzers(register: Register) -> None:
-    """Offer analyzers of scaling runs.
+    """Offer analyzers of scaling runs (plan.py fit --analyzer ...).
 
-    fit(runs) -> a law that predicts the loss and allocates a budget.
+    law: the dataclass that `fit` returns, a nanopre.laws.Law: its fields are the estimates, all of them numbers.
+    definition: which parameters count, how FLOPs are counted, what is minimised; in one line. May be a property.
+    fit(runs) -> law, of a nanopre.runs.Runs. Raises UserError where the runs don't suffice. Depends on the runs alone.
+
+    And where it needs them:
+    refit(runs, law) -> law, from the estimates of an earlier law of nearly the same runs: what a bootstrap calls, if faster.
+    notes(runs, law) -> list of sentences: what is worth telling besides the estimates, warnings among them.
+    draw(figure, runs, fit): the points that the law was fitted on, and the law, on an empty matplotlib figure; `fit` is a
+        nanopre.scaling.Fit. Pieces to draw with are in nanopre.report.
     """
 
 

@@ -16,7 +16,7 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,6 @@ class Point:
     """A run of one size on so many tokens."""
 
     name: str  # of its TOML, <name>.toml, and of its folder in runs/
-    budget: float  # FLOPs that it was designed for
     steps: int
     table: dict[str, Any]  # the config
 
@@ -154,7 +153,7 @@ def design(config: configs.Config, rungs: Sequence[tuple[float, list[float]]], c
                 "train": {**train, "steps": n, "eval_interval": n, "samples": 0},
                 "checkpoint": {**base["checkpoint"], "keep_last": 1, "keep_best": False},
             }
-            size.points.append(Point(point, budget, n, table))
+            size.points.append(Point(point, n, table))
         sizes.append(size)
     return Design(sizes, tokens_per_step, corpus.train.n_tokens)
 
@@ -213,8 +212,8 @@ class Runner:
     launch: a command with {train}, which is replaced by train.py, and {config}, by its arguments.
     """
 
-    def __init__(self, out: Path, train: Path, launch: str, jobs: int, say: Callable[[str], None]):
-        self.out, self.jobs, self.say = out, jobs, say
+    def __init__(self, out: Path, train: Path, launch: str, jobs: int):
+        self.out, self.jobs = out, jobs
         self.launch = shlex.split(launch)
         if "{train}" not in self.launch or "{config}" not in self.launch:
             raise UserError(
@@ -288,7 +287,7 @@ class Runner:
         if (done := self.steps_done(point)) < steps:
             raise UserError(f"{point.name}: stopped after step {done} of {steps}; the same command goes on.")
         if not constant:
-            self.say(f"{point.name}: validation loss {final_loss(folder, steps):.4f}")
+            print(f"{point.name}: validation loss {final_loss(folder, steps):.4f}", flush=True)
 
     def copy(self, trunk: Point, point: Point) -> None:
         """Let the point's run begin as the trunk is now. It has its name when it is whole."""

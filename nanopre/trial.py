@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,9 +74,9 @@ class Trial:
 class RangeTest:
     """A learning-rate range test (Smith, 2017, section 3.3): the rate rises step by step until the loss does."""
 
-    rates: list[float]  # of the steps that were made
-    losses: list[float]
-    smooth: list[float]  # their exponential means over about ten steps
+    rates: list[float] = field(default_factory=list)  # of the steps that were made
+    losses: list[float] = field(default_factory=list)
+    smooth: list[float] = field(default_factory=list)  # exponential means of the losses, over about ten steps
 
     @property
     def lowest(self) -> int:
@@ -95,6 +97,38 @@ class RangeTest:
         longer than this test does."""
         return self.rates[self.lowest] / 10
 
+    def text(self) -> str:
+        """The curve in 12 lines, and what follows from it."""
+        height, width = 12, 72
+        top, bottom = max(self.smooth[0], self.smooth[self.lowest]), self.smooth[self.lowest]
+        columns = np.array_split(np.minimum(self.smooth, top), min(width, len(self.smooth)))
+        rows = [round((top - column.mean()) / max(top - bottom, 1e-9) * (height - 1)) for column in columns]
+        lines = ["".join("*" if row == y else " " for row in rows).rstrip() for y in range(height)]
+        lines = [f"{top - y / (height - 1) * (top - bottom):8.3f} |{line}" for y, line in enumerate(lines)]
+        lines.append(f"{'loss':>8}  {self.rates[0]:<.0e}{'learning rate, geometric':^{len(rows) - 10}}{self.rates[-1]:>.0e}")
+        if self.biggest is None:
+            lines.append(f"No blow-up up to {self.rates[-1]:.2g}: raise --high.")
+        else:
+            lines.append(
+                f"The biggest that does not blow up: {self.biggest:.2g} (beyond it the loss has lost {BLOWN:.0%} of what it had gained; "
+                "Smith, 2017, section 3.3)."
+            )
+        lines.append(
+            f"Recommended: optimizer.lr = {self.recommended:.2g}, a tenth of the rate where the loss is least "
+            f"({self.rates[self.lowest]:.2g}; Howard and Gugger, 2020, chapter 5)."
+        )
+        return "\n".join(lines)
+
+    def draw(self, figure) -> None:
+        axes = figure.subplots()
+        axes.plot(self.rates, self.losses, color="0.8", lw=1, label="each step")
+        axes.plot(self.rates, self.smooth, label="smoothed")
+        for rate, words in ((self.biggest, "the biggest that does not blow up"), (self.recommended, "recommended")):
+            if rate is not None:
+                axes.axvline(rate, ls="--", color="C1" if rate == self.biggest else "C2", label=f"{rate:.2g}: {words}")
+        axes.set(xscale="log", xlabel="optimizer.lr", ylabel="loss", ylim=(min(self.smooth) - 0.2, 1.1 * self.smooth[0]))
+        axes.legend(frameon=False, fontsize=8)
+
 
 BLOWN = 0.2  # of the loss's fall: a rise by so much is no noise of batches
 
@@ -106,7 +140,7 @@ def range_test(config: configs.Config, plugins: Registry, low: float, high: floa
     if not lr:
         raise UserError(f'optimizer "{config.optimizer._plugin_name}": has no lr above 0 to begin from; a range test needs one.')
     trial = Trial(config, plugins)
-    test, mean = RangeTest([], [], []), 0.0
+    test, mean = RangeTest(), 0.0
     for step in range(steps):
         rate = low * (high / low) ** (step / (steps - 1))
         loss, _ = trial.step(step, rate / lr)
@@ -164,19 +198,21 @@ def measure_batch(table: dict[str, Any], rows: int, steps: int, limit: float) ->
     sender.close()
     try:
         answer = receiver.recv()
-    except EOFError:  # it was killed before it could answer
-        answer = None, None
-    finally:
-        process.join()
+    except EOFError:  # it ended before it could answer
+        answer = None
+    process.join()
+    if answer is None and process.exitcode > 0:
+        raise UserError(f"the trial with {rows} rows failed; its error stands above.")
     if isinstance(answer, str):
         raise UserError(answer)
-    speed, memory = answer
+    speed, memory = answer or (None, None)
     on_cpu = table["train"]["device"] == "cpu"
     return Measured(rows, None if on_cpu and memory is not None and memory > limit else speed, memory)
 
 
 def _measure(table: dict[str, Any], rows: int, steps: int, sender) -> None:
     train = {**table["train"], "batch_size": rows, "micro_batch_size": rows}
+    sys.stdout = sys.stderr  # plan.py's own output is for its result
     try:
         trial = Trial(*configs.from_dict({**table, "train": train}, "the config"))
         seconds = []
@@ -187,7 +223,9 @@ def _measure(table: dict[str, Any], rows: int, steps: int, sender) -> None:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
         sender.send((tokens / float(np.median(seconds[1:])), peak_memory(trial.here.device)))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         sender.send((None, None))
     except UserError as error:
         sender.send(str(error))
@@ -201,3 +239,33 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def free_memory() -> int:
+    """Bytes that new processes can have without swapping."""
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:  # Linux knows better: it can also give back what caches hold
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return pages
+
+
+def batch_text(tried: Sequence[Measured], up_to: int, limit: float | None) -> str:
+    """A line a size, and what follows. limit: bytes, on a CPU."""
+    lines = [f"{'rows':>8}{'tokens/s':>14}{'peak GiB':>11}"]
+    for m in tried:
+        speed = f"{m.tokens_per_second:,.0f}" if m.fits else "does not fit"
+        lines.append(f"{m.rows:>8}{speed:>14}{'' if m.memory is None else f'{m.memory / 2**30:.2f}':>11}")
+    fitting = [m for m in tried if m.fits]
+    within = "" if limit is None else f" in {limit / 2**30:.1f} GiB (--memory)"
+    if not fitting:
+        return "\n".join([*lines, f"Not even one row fits{within}."])
+    largest, fastest = fitting[-1], max(fitting, key=lambda m: m.tokens_per_second)
+    tie = next(m for m in fitting if m.tokens_per_second >= 0.97 * fastest.tokens_per_second)
+    lines.append(
+        f"The largest micro-batch that fits{within}: {largest.rows} rows"
+        + (", all that was asked for (--up-to)." if largest.rows == up_to else ".")
+    )
+    lines.append(f"The fastest: {fastest.rows} rows. The smallest within 3% of it, train.micro_batch_size = {tie.rows}, leaves memory.")
+    return "\n".join(lines)
