@@ -1,6 +1,6 @@
 """From measured runs and a budget to the next run.
 
-    python plan.py COMMAND --help        what a command takes; every command has --json
+python plan.py COMMAND --help        what a command takes; every command has --json
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def add_runs(command: argparse.ArgumentParser, bootstrap: int) -> None:
     command.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="as params=N: a file's column")
     command.add_argument("--metric", default="val_loss", help="of log.jsonl, what is the loss (default: val_loss)")
     command.add_argument("--last", action="store_true", help="only the last point of each run")
-    command.add_argument("--drop-highest", type=positive(int, zero=True), default=0, metavar="K", help="without the K highest losses")
+    command.add_argument(
+        "--drop-highest", type=positive(int, zero=True), default=0, metavar="K", help="without the K highest losses"
+    )
     command.add_argument("--option", action="append", default=[], metavar="NAME.KEY=VALUE", help="an analyzer's option")
     command.add_argument("--plugins", action="append", default=[], metavar="PATH", help="a file or folder of plugins")
     command.add_argument(
@@ -231,10 +233,14 @@ def run_sweep(a: argparse.Namespace) -> tuple[dict, str]:
     config, plugins = configs.load(a.config)
     runner = sweep.Runner(a.out, HERE / "train.py", a.launch, a.jobs)
     if hasattr(config.objective, "columns"):
-        raise UserError(f"{a.config}: objective {config.objective._plugin_name} learns from examples; a sweep takes running text.")
+        raise UserError(
+            f"{a.config}: objective {config.objective._plugin_name} learns from examples; a sweep takes running text."
+        )
     corpus = corpora.prepare(config, plugins)
     if not corpus.val.n_tokens:
-        raise UserError(f"{a.config}: data.val_fraction = 0 leaves nothing to measure the runs on; raise it or set data.val_corpus.")
+        raise UserError(
+            f"{a.config}: data.val_fraction = 0 leaves nothing to measure the runs on; raise it or set data.val_corpus."
+        )
     decay = config.schedule.decay_fraction
     rungs = sweep.ladder(a.approach, a.budget, a.sizes, a.budgets, a.span, a.size_ratio, a.tokens_per_param, decay)
     plan = sweep.design(config, rungs, corpus, a.out)
@@ -277,7 +283,9 @@ def add_batch(commands) -> argparse.ArgumentParser:
     command.add_argument("config", help="a TOML file")
     command.add_argument("--up-to", type=at_least(1), help="rows (default: train.batch_size)")
     command.add_argument("--steps", type=at_least(1), default=3, help="that are timed, after a first one (default: 3)")
-    command.add_argument("--memory", type=positive(float), help="GiB that a CPU's process may take (default: half of what is free)")
+    command.add_argument(
+        "--memory", type=positive(float), help="GiB that a CPU's process may take (default: half of what is free)"
+    )
     command.set_defaults(run=run_batch)
     return command
 
@@ -307,7 +315,11 @@ def run_upscale(a: argparse.Namespace) -> tuple[dict, str]:
     best = upscale.best(a.runs)
     table, text = upscale.upscaled(best, a.params, a.tokens, Path(a.out).stem)
     write(a.out, tomli_w.dumps(table))
-    return {"from": str(best.folder), "loss": best.loss, "config": table}, f"{text}\n{a.out} is written: python train.py {a.out}"
+    return {
+        "from": str(best.folder),
+        "loss": best.loss,
+        "config": table,
+    }, f"{text}\n{a.out} is written: python train.py {a.out}"
 
 
 def write(path: str | Path, content: str | bytes) -> None:

@@ -9,7 +9,6 @@ of a run of its own from the first step, which each point's TOML describes: a sa
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
 import shlex
@@ -25,8 +24,8 @@ from typing import Any
 import tomli_w
 
 from nanopre import UserError, checkpoint, config as configs, corpus as corpora, cost
-from nanopre.distributed import padded_vocabulary
 from nanopre.model import ModelConfig
+from nanopre.shape import scaled
 
 MIN_STEPS = 50  # of a run: below, warm-up and decay are all there is
 
@@ -138,7 +137,7 @@ def design(config: configs.Config, rungs: Sequence[tuple[float, list[float]]], c
         steps = [round(budget / (6.0 * size.params * tokens_per_step)) for budget in budgets]
         if steps[0] < MIN_STEPS:
             raise UserError(
-                f"--budget: {size.name} would have {steps[0]} steps of {tokens_per_step:,} tokens, and {MIN_STEPS} are the "
+                f"--budget: {size.name} has {steps[0]} steps of {tokens_per_step:,} tokens, and {MIN_STEPS} are the "
                 "fewest that make sense; raise the budget, or lower train.batch_size, --sizes or --span."
             )
         schedule = {**base["schedule"], "name": "wsd", "warmup_steps": min(base["schedule"]["warmup_steps"], steps[0] // 10)}
@@ -156,39 +155,6 @@ def design(config: configs.Config, rungs: Sequence[tuple[float, list[float]]], c
             size.points.append(Point(point, n, table))
         sizes.append(size)
     return Design(sizes, tokens_per_step, corpus.train.n_tokens)
-
-
-def scaled(config: configs.Config, params: float, n_vocab: int) -> tuple[dict[str, Any], ModelConfig]:
-    """([model] of a config, its settings) for the model nearest to `params`, embeddings included, that has the proportions of
-    the config's: the same width of a head and d_model / n_layers, and d_ff in step. One shape at every size, so that a law
-    sees size alone."""
-    base, plugin, n_rows = configs.to_dict(config)["model"], config.model, padded_vocabulary(n_vocab)
-    if "mup_base_width" not in base:
-        raise UserError(
-            f'model.name = {base["name"]} has no mup_base_width, by which a learning rate fits every width; take "llama".'
-        )
-    settings = plugin.settings(n_rows, config.train.seq_len)
-    aspect, group = settings.d_model / settings.n_layers, settings.n_heads // settings.n_kv_heads
-    nearest, least = None, math.inf
-    for n_heads in itertools.count(1):
-        d_model = n_heads * settings.head_dim
-        options = {
-            **base,
-            "d_model": d_model,
-            "n_layers": max(1, round(d_model / aspect)),
-            "n_heads": n_heads,
-            "d_ff": base["d_ff"] * d_model // settings.d_model,
-            "mup_base_width": base["mup_base_width"] or settings.d_model,
-        }
-        if "n_kv_heads" in base:
-            options["n_kv_heads"] = n_heads // math.gcd(n_heads, group)
-        built = type(plugin)(**{key: value for key, value in options.items() if key != "name"})
-        found = built.settings(n_rows, config.train.seq_len)
-        distance = math.log(cost.parameters(found)["total"] / params)
-        if abs(distance) < least:
-            nearest, least = (options, found), abs(distance)
-        if distance > 0:
-            return nearest
 
 
 def write(plan: Design, out: Path) -> None:

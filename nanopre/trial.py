@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import multiprocessing
 import os
 import sys
@@ -110,7 +109,7 @@ class RangeTest:
             lines.append(f"No blow-up up to {self.rates[-1]:.2g}: raise --high.")
         else:
             lines.append(
-                f"The biggest that does not blow up: {self.biggest:.2g} (beyond it the loss has lost {BLOWN:.0%} of what it had gained; "
+                f"The biggest that does not blow up: {self.biggest:.2g} (beyond it {BLOWN:.0%} of the loss's fall are lost again; "
                 "Smith, 2017, section 3.3)."
             )
         lines.append(
@@ -138,7 +137,9 @@ def range_test(config: configs.Config, plugins: Registry, low: float, high: floa
     where the loss is not finite, or above its first by half."""
     lr = getattr(config.optimizer, "lr", 0)
     if not lr:
-        raise UserError(f'optimizer "{config.optimizer._plugin_name}": has no lr above 0 to begin from; a range test needs one.')
+        raise UserError(
+            f'optimizer "{config.optimizer._plugin_name}": has no lr above 0 to begin from; a range test needs one.'
+        )
     trial = Trial(config, plugins)
     test, mean = RangeTest(), 0.0
     for step in range(steps):
@@ -267,5 +268,7 @@ def batch_text(tried: Sequence[Measured], up_to: int, limit: float | None) -> st
         f"The largest micro-batch that fits{within}: {largest.rows} rows"
         + (", all that was asked for (--up-to)." if largest.rows == up_to else ".")
     )
-    lines.append(f"The fastest: {fastest.rows} rows. The smallest within 3% of it, train.micro_batch_size = {tie.rows}, leaves memory.")
+    lines.append(
+        f"The fastest: {fastest.rows} rows. The smallest within 3% of it, train.micro_batch_size = {tie.rows}, leaves memory."
+    )
     return "\n".join(lines)

@@ -64,14 +64,14 @@ def upscaled(small: Best, params: float, tokens: float, name: str) -> tuple[dict
     table |= {"name": name, "model": model, "train": {**table["train"], "steps": steps}}
     lines = [
         f"{small.folder} is the best of {small.of} runs: validation loss {small.loss:.4f}, width {config.model.d_model}.",
-        f"The big model: {total:,} parameters, {settings.n_layers} layers of width {settings.d_model}, {settings.n_heads} heads; "
-        f"{steps:,} steps of {rows * table['train']['seq_len']:,} tokens.",
-        f"muP carries over, from width {base}: the learning rate, the first weights, the schedule (Yang et al., 2022, table 1). "
-        "It says nothing of depth, batch size, weight decay and dropout, which stay as they are.",
+        f"The big model: {total:,} parameters, {settings.n_layers} layers of width {settings.d_model}, {settings.n_heads} "
+        f"heads; {steps:,} steps of {rows * table['train']['seq_len']:,} tokens.",
+        f"muP carries the learning rate, the first weights and the schedule over from width {base} (Yang et al., 2022, table "
+        "1). Batch size, weight decay and dropout stay as they are: of them, and of depth, it says nothing.",
     ]
     if not config.model.mup_base_width and settings.head_dim != 64:
         lines.append(
-            f"The small run had no muP, and heads of {settings.head_dim}: its scores were divided by {settings.head_dim**0.5:.3g}, "
-            f"with muP they are by {settings.head_dim / 8:g}."
+            f"The small run had no muP, and heads of {settings.head_dim}: its scores were divided by "
+            f"{settings.head_dim**0.5:.3g}, with muP they are by {settings.head_dim / 8:g}."
         )
     return table, "\n".join(lines)
