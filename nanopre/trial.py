@@ -109,8 +109,8 @@ class RangeTest:
             lines.append(f"No blow-up up to {self.rates[-1]:.2g}: raise --high.")
         else:
             lines.append(
-                f"The biggest that does not blow up: {self.biggest:.2g} (beyond it {BLOWN:.0%} of the loss's fall are lost again; "
-                "Smith, 2017, section 3.3)."
+                f"The biggest that does not blow up: {self.biggest:.2g} (beyond it {BLOWN:.0%} of the loss's fall are lost "
+                "again; Smith, 2017, section 3.3)."
             )
         lines.append(
             f"Recommended: optimizer.lr = {self.recommended:.2g}, a tenth of the rate where the loss is least "
