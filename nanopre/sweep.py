@@ -122,6 +122,10 @@ def design(config: configs.Config, rungs: Sequence[tuple[float, list[float]]], c
     law (Porian et al., 2024, section 3.3).
     Raises UserError where a run is too short or two sizes are one model.
     """
+    if config.init_from:
+        raise UserError(
+            f"init_from = {config.init_from}: a sweep trains models of many sizes from first weights; leave it out."
+        )
     base = configs.to_dict(config)
     train = base["train"]
     tokens_per_step = train["batch_size"] * train["seq_len"]
@@ -239,11 +243,13 @@ class Runner:
         log = self.out / "logs" / f"{point.name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as output:
-            try:
-                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            try:  # in a session of its own: of a Ctrl-C it hears by `run` alone, as a second signal would end it without saving
+                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             except OSError as error:
                 raise UserError(f"--launch: {command[0]} can't be started ({error.strerror}).") from None
             self.processes.add(process)
+            if self.stopping:
+                process.terminate()
             code = process.wait()
             self.processes.discard(process)
         if code:
@@ -262,7 +268,7 @@ class Runner:
                 f"{self.folder(point)}: was to start from step {point.trunk_steps} of {self.folder(trunk)}, which is at step "
                 f"{done}; remove the second folder too, so that both are run again."
             )
-        temporary = self.folder(point).with_suffix(".copy")
+        temporary = self.out / "runs" / f"{point.name}.copy"
         shutil.rmtree(temporary, ignore_errors=True)
         if not self.stopping:
             shutil.copytree(self.folder(trunk), temporary)
