@@ -1,6 +1,6 @@
 """From measured runs and a budget to the next run.
 
-python plan.py COMMAND --help        what a command takes; every command has --json
+    python plan.py COMMAND --help        what a command takes; every command has --json
 """
 
 from __future__ import annotations
@@ -16,8 +16,25 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from nanopre import UserError, config as configs, corpus as corpora, machine, report, scaling, sweep, trial, upscale
-from nanopre.plugins import Registry, load_plugins
+from nanopre import (
+    UserError,
+    accelerators,
+    budget,
+    checkpoint,
+    config as configs,
+    corpus as corpora,
+    machine,
+    proposal,
+    recipe,
+    report,
+    scaling,
+    shape,
+    sweep,
+    trial,
+    upscale,
+)
+from nanopre.laws import PUBLISHED
+from nanopre.plugins import Registry, load_plugins, nearest
 from nanopre.runs import Runs, read_runs
 
 HERE = Path(__file__).parent
@@ -33,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 def command_line() -> Parser:
     parser = Parser(prog="plan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_fit, add_compare, add_sweep, add_lr, add_batch, add_upscale):
+    for add in (add_fit, add_compare, add_budget, add_sweep, add_lr, add_batch, add_upscale):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -87,7 +104,11 @@ def add_runs(command: argparse.ArgumentParser, bootstrap: int) -> None:
     command.add_argument("--metric", default="val_loss", help="of log.jsonl, what is the loss (default: val_loss)")
     command.add_argument("--last", action="store_true", help="only the last point of each run")
     command.add_argument(
+<<<<<<< HEAD
         "--drop-highest", type=positive(int, zero=True), default=0, metavar="K", help="without the K highest losses"
+=======
+        "--drop-highest", type=positive(int, zero=True), default=0, metavar="K", help="leave out the K highest losses"
+>>>>>>> budget
     )
     command.add_argument("--option", action="append", default=[], metavar="NAME.KEY=VALUE", help="an analyzer's option")
     command.add_argument("--plugins", action="append", default=[], metavar="PATH", help="a file or folder of plugins")
@@ -130,6 +151,8 @@ def run_compare(a: argparse.Namespace) -> tuple[dict, str]:
         name: {"reason": fit} if isinstance(fit, str) else fit.to_dict() | {"allocation": allocation(fit, flops)}
         for name, fit in fits.items()
     }
+    for row in rows.values():
+        row.pop("bootstrap", None)  # hundreds of numbers a law, which fit --json and --out have
     return {"flops": flops, "laws": rows}, report.comparison_text(fits, runs, flops)
 
 
@@ -161,7 +184,10 @@ def analyzers(a: argparse.Namespace, plugins: Registry, names: list[str]) -> dic
         if not dot or name not in tables:
             raise UserError(f"--option {text}: it must be like {names[0]}.KEY=VALUE, with the name of {' or '.join(names)}.")
         tables[name][option] = value
-    return {name: configs.build_plugin(plugins, "analyzer", table, f"--option {name}") for name, table in tables.items()}
+    try:
+        return {name: configs.build_plugin(plugins, "analyzer", table, name) for name, table in tables.items()}
+    except UserError as error:
+        raise UserError(f"--option {error}") from None
 
 
 def allocation(fit: scaling.Fit, flops: float) -> dict[str, Any]:
@@ -190,6 +216,7 @@ def write_figures(a: argparse.Namespace, chosen: dict, fits: dict, runs: Runs, f
         write(a.report, report.page(runs, fits, figures, flops))
 
 
+<<<<<<< HEAD
 # sweep, lr, batch and upscale: small runs, and from them to the big one.
 
 
@@ -320,6 +347,90 @@ def run_upscale(a: argparse.Namespace) -> tuple[dict, str]:
         "loss": best.loss,
         "config": table,
     }, f"{text}\n{a.out} is written: python train.py {a.out}"
+=======
+# budget: from a compute budget to a run.
+
+
+def add_budget(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        "budget",
+        help="from a compute budget to a config that runs",
+        description="Say the budget as --flops, as --params, as --gpu-hours, or as --gpus and --hours.",
+        allow_abbrev=False,
+    )
+    command.add_argument("--flops", type=positive(float), help="FLOP of training, as 5.76e23")
+    command.add_argument("--params", type=positive(float), help="the budget for which so many parameters are best, as 7e9")
+    command.add_argument("--gpu-hours", type=positive(float), help="hours of one GPU, or of all together")
+    command.add_argument("--hours", type=positive(float), help="of --gpus")
+    command.add_argument("--gpus", type=positive(int), help="how many; with it a layout is looked for")
+    command.add_argument("--gpu", help=f"which accelerator (default, where one is needed: {GPU})")
+    command.add_argument("--accelerators", metavar="FILE", help="a TOML file with more accelerators")
+    command.add_argument("--mfu", type=positive(float), help=f"part of the peak (default: the layout's, or {proposal.MFU})")
+    names = ", ".join(PUBLISHED)
+    command.add_argument("--law", default="besiroglu", help=f"{names}, or what plan.py fit --out wrote (default: besiroglu)")
+    command.add_argument("--tokens-available", type=positive(float), default=math.inf, help="different ones, which may repeat")
+    command.add_argument("--inference-tokens", type=positive(float), default=0.0, help="that the model will be used on")
+    command.add_argument("--family", default="llama", help="of the model (default: llama)")
+    command.add_argument("--vocab-size", type=positive(int), default=0, help="tokens (default: by the model's size)")
+    command.add_argument("--seq-len", type=positive(int), default=0, help="tokens of a row (default: by the model's size)")
+    command.add_argument("--rule", default="deepseek", help=f"of batch and rate: {', '.join(recipe.RULES)} (default: deepseek)")
+    command.add_argument("--corpus", default="stdlib", help="data.corpus of the config (default: stdlib)")
+    command.add_argument("--plugins", action="append", default=[], metavar="PATH", help="a file or folder of plugins")
+    command.add_argument("--out", metavar="FILE.toml", help="write the config that train.py takes")
+    command.set_defaults(run=run_budget)
+    return command
+
+
+def run_budget(a: argparse.Namespace) -> tuple[dict, str]:
+    plugins = load_plugins(a.plugins, where="--plugins")
+    fit = scaling.read_law(a.law, plugins)
+    for flag, word, known in (("--family", a.family, plugins.offers("model")), ("--rule", a.rule, recipe.RULES)):
+        if word not in known:
+            raise UserError(f"{flag} {word}: there is none of this name; {nearest(word, list(known))}")
+    if 0 < a.vocab_size < shape.BYTES:
+        raise UserError(f"--vocab-size {a.vocab_size}: must be at least {shape.BYTES}, the bytes and the special tokens.")
+    flops, flops_are, machine = spend(a, fit)
+    sized = budget.size(fit, flops, a.inference_tokens, a.tokens_available)
+    made = proposal.propose(
+        flops_are, fit, sized, plugins, machine, a.family, a.rule, a.seq_len, a.vocab_size, a.corpus, a.plugins
+    )
+    if a.out:
+        write(a.out, made.to_toml())
+    hint = f"train it: python train.py {a.out}" if a.out else "--out FILE.toml writes the config"
+    return made.to_dict(), f"{proposal.text(made)}\n\n{hint}"
+
+
+GPU = "h100"
+
+
+def spend(a: argparse.Namespace, fit: scaling.Fit) -> tuple[float, str, proposal.Machine | None]:
+    """(FLOPs, how they came about, the accelerators) of the flags."""
+    ways = "--flops, --params, --gpu-hours, or --gpus with --hours"
+    given = [f"--{flag.replace('_', '-')}" for flag in ("flops", "params", "gpu_hours", "hours") if getattr(a, flag)]
+    if not given:
+        raise UserError(f"no budget; say one of {ways}.")
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: each is a budget; say only one of {ways}.")
+    if a.hours and not a.gpus:
+        raise UserError("--hours: of how many GPUs? Say --gpus too, or --gpu-hours instead.")
+    if a.mfu and a.mfu > 1:
+        raise UserError(f"--mfu {a.mfu:g}: must be at most 1, a part of the peak.")
+    machine = None
+    if a.gpu or a.gpus or a.gpu_hours or a.mfu or a.accelerators:
+        hours = a.gpu_hours or (a.gpus or 0) * (a.hours or 0)
+        name = a.gpu or GPU
+        machine = proposal.Machine(name, accelerators.accelerator(name, a.accelerators), a.gpus or 0, a.mfu or 0.0, hours)
+    if a.flops:
+        return a.flops, f"{a.flops:.3g} FLOP", machine
+    if a.params:
+        flops = budget.flops_for(fit.law, a.params)
+        return flops, f"{flops:.3g} FLOP, for which {budget.short(a.params)} parameters are best", machine
+    peak, mfu = machine.accelerator.peak_flops, a.mfu or proposal.MFU
+    flops = machine.budget_hours * 3600 * peak * mfu
+    hours = f"{a.gpus:,} x {a.hours:,g} hours" if a.hours else f"{a.gpu_hours:,g} hours"
+    source = "as said" if a.mfu else "an assumption"
+    return flops, f"{flops:.3g} FLOP: {hours} of {machine.gpu} x {peak:.3g} FLOP/s x an MFU of {mfu:.2f}, {source}", machine
+>>>>>>> budget
 
 
 def write(path: str | Path, content: str | bytes) -> None:

@@ -1,6 +1,6 @@
 """Does the best learning rate stay where it is as a model gets wider? With muP it should, without it falls.
 
-python benchmarks/mup.py --corpus 'my/*.txt'
+    python benchmarks/mup.py --corpus 'my/*.txt'
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ from nanopre import UserError
 from nanopre.laws import PUBLISHED, Additive, Allocation, DataConstrained, InferenceAware, Law
 from nanopre.scaling import Fit
 
-CHINCHILLA_MIDDLE, CHINCHILLA_LARGEST = 8.3e19, 1.3e22
-"""FLOPs, geometric mean and most, of the 245 runs that Besiroglu et al. (2024) read off Hoffmann et al. (2022), figure 4."""
+SMALLEST, MIDDLE, LARGEST = 1.4e18, 8.3e19, 1.3e22
+"""FLOPs, the middle being their geometric mean, of the 245 runs in figure 4 of Hoffmann et al. (2022), as Besiroglu et al.
+(2024) read them off it."""
 
 
 class Exponent(NamedTuple):
@@ -31,11 +32,11 @@ EXPONENTS = {
         0.488, 0.498, 0.502, "10th to 90th percentile of a in N ~ C^a, 0.488 to 0.502 (Hoffmann et al., 2022, table 2)"
     ),
     "besiroglu": Exponent(
-        0.5126 - 1.96 * 0.02, 0.5126, 0.5126 + 1.96 * 0.02, "95%, by the standard error 0.02 of a in N ~ C^a (Besiroglu et al., 2024)"
+        0.5126 - 1.96 * 0.02, 0.5126, 0.5126 + 1.96 * 0.02, "95%, by the published standard error 0.02 of a in N ~ C^a"
     ),
 }  # fmt: skip
 NO_INTERVAL = {
-    "chinchilla-3": "no interval: the published one of a in N ~ C^a, 0.454 to 0.455, leaves out the estimate itself, 0.457, "
+    "chinchilla-3": "none; the published one of a in N ~ C^a, 0.454 to 0.455, leaves out the estimate itself, 0.457, "
     "and would take 600,000 runs (Besiroglu et al., 2024)",
 }
 
@@ -49,7 +50,7 @@ class Sized:
     chosen: Allocation  # with what inference and limited data change
     intervals: dict[str, tuple[float, float]]  # of the chosen "params", "tokens" and "loss", where they are known
     words: str  # which kind of interval it is, or why there is none
-    beyond: float  # the budget by the largest run of the fit, where that is known; else 0
+    runs_flops: tuple[float, float]  # of the smallest and largest run of the fit; (0, inf) where that is not known
     inference_tokens: float  # 0: not asked for
     tokens_available: float  # inf: not asked for
     worth: float  # the part of the budget that, without limits to the tokens, would reach the same loss
@@ -85,7 +86,7 @@ def size(fit: Fit, flops: float, inference_tokens: float = 0.0, tokens_available
             f"--tokens-available: {short(tokens_available)} are fewer than the {short(point.tokens)} that --inference-tokens "
             "asks for, and no law covers both; leave one of the two out."
         )
-    intervals, words = {}, NO_INTERVAL.get(fit.name, "no interval is published")
+    intervals, words = {}, NO_INTERVAL.get(fit.name, "none is published")
     if fit.samples:
         ends = zip(*fit.interval(lambda law: np.array(chosen(law))), strict=True)
         pairs = {name: (float(low), float(high)) for name, (low, high) in zip(Allocation._fields, ends, strict=True)}
@@ -93,23 +94,22 @@ def size(fit: Fit, flops: float, inference_tokens: float = 0.0, tokens_available
         words = f"95%, of {len(fit.samples):,} resamples of the runs"
     elif fit.name in EXPONENTS:
         low, estimate, high, source = EXPONENTS[fit.name]
-        words = f"{source}, turned about {CHINCHILLA_MIDDLE:.1e} FLOP, the middle of the runs; of the loss none is published"
+        words = f"{source}, turned about {MIDDLE:.1e} FLOP, the middle of the runs; of the loss none is published"
         if point == free:
-            ends = [free.params * (flops / CHINCHILLA_MIDDLE) ** (a - estimate) for a in (low, high)]
+            ends = [free.params * (flops / MIDDLE) ** (a - estimate) for a in (low, high)]
             intervals["params"] = min(ends), max(ends)
             intervals["tokens"] = flops / (6 * max(ends)), flops / (6 * min(ends))
         else:
-            words = "no interval is published of a law with this limit"
+            words = "none is published with such a limit"
     elif fit.name not in PUBLISHED:
-        words = "no interval: the law was fitted without a bootstrap"
+        words = "none, the law was fitted without a bootstrap"
 
     worth = 1.0
     if point.tokens > tokens_available:
         rate = fit.law.alpha * fit.law.beta / (fit.law.alpha + fit.law.beta)  # the best loss is E + a number x C^-rate
         worth = ((point.loss - fit.law.E) / (free.loss - fit.law.E)) ** (-1 / rate)
-    known = fit.name in ("chinchilla-1", "chinchilla-3", "besiroglu")
-    beyond = flops / CHINCHILLA_LARGEST if known else 0.0
-    return Sized(flops, free, point, intervals, words, beyond, inference_tokens, tokens_available, worth)
+    runs = (SMALLEST, LARGEST) if fit.name in ("chinchilla-1", "chinchilla-3", "besiroglu") else (0.0, math.inf)
+    return Sized(flops, free, point, intervals, words, runs, inference_tokens, tokens_available, worth)
 
 
 def allocate(law: Law, flops: float, inference_tokens: float = 0.0, tokens_available: float = math.inf) -> Allocation:

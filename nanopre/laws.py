@@ -109,7 +109,7 @@ class InferenceAware(Additive):
             return self.predict(params, self._tokens(params, flops))
 
         largest = np.log(flops / (2 * self.inference_tokens + 6))  # a model that has a token left to learn from
-        params = np.exp(_minimum(loss, np.log(self.A) / self.alpha, largest))
+        params = np.exp(_minimum(loss, largest - 40, largest))
         tokens = self._tokens(params, flops)
         return Allocation(params, tokens, self.predict(params, tokens))
 

@@ -69,6 +69,10 @@ def resamples(fit: Fit) -> str:
     return f"in brackets: 95% intervals of {len(fit.samples)} resamples of the runs{failed}"
 
 
+def budget(runs: Runs, flops: float) -> str:
+    return f"best use of {number(flops)} FLOPs, {number(flops / runs.flops.max())} times the largest run's"
+
+
 def allocation_words(fit: Fit, flops: float) -> dict[str, str]:
     """How the law spends a budget, each number with its interval."""
     best = fit.law.allocate(flops)
@@ -90,7 +94,7 @@ def fit_text(fit: Fit, runs: Runs, flops: float | None) -> str:
     lines.append(f"  {resamples(fit)}")
     lines += [f"  {note}" for note in fit.notes]
     if flops:
-        lines += ["", f"  best use of {number(flops)} FLOPs:", table(list(allocation_words(fit, flops).items()), "    ")]
+        lines += ["", f"  {budget(runs, flops)}:", table(list(allocation_words(fit, flops).items()), "    ")]
     return "\n".join(lines)
 
 
@@ -101,7 +105,7 @@ def comparison(fits: dict[str, Fit | str], flops: float) -> list[list[str]]:
     """A row a law: its name and its allocation, or why it could not be fitted."""
     rows = [["law", *COMPARED]]
     for name, fit in fits.items():
-        rows.append([name, *allocation_words(fit, flops).values()] if isinstance(fit, Fit) else [name, f"- ({fit})"])
+        rows.append([name, *allocation_words(fit, flops).values()] if isinstance(fit, Fit) else [name, f"- {fit}"])
     return rows
 
 
@@ -120,10 +124,10 @@ def comparison_text(fits: dict[str, Fit | str], runs: Runs, flops: float) -> str
     """What `plan.py compare` prints."""
     rows = comparison(fits, flops)
     whole = table([row for row in rows if len(row) > 2])
-    reasons = [" ".join(row) for row in rows if len(row) == 2]
+    reasons = [table([row for row in rows if len(row) == 2])] if any(len(row) == 2 for row in rows) else []
     some = next((fit for fit in fits.values() if isinstance(fit, Fit)), None)
     last = [f"{resamples(some)}; {spread(fits, flops)}"] if some else []
-    return "\n".join([describe_runs(runs), f"best use of {number(flops)} FLOPs:", "", whole, *reasons, "", *last])
+    return "\n".join([describe_runs(runs), f"{budget(runs, flops)}:", "", whole, *reasons, "", *last])
 
 
 # Pieces of figures, which analyzers put together in their `draw`.
@@ -175,17 +179,25 @@ def draw_best(axes: Axes, fit: Fit, flops: np.ndarray, params: np.ndarray, label
 
 def draw_contours(axes: Axes, runs: Runs, fit: Fit) -> None:
     """Lines of equal loss over FLOPs of training and parameters, with the points and the efficient frontier."""
+    from matplotlib.colors import LogNorm
+
     log_c = np.log10([runs.flops.min() / 2, runs.flops.max() * 10])
     log_n = np.log10([runs.params.min() / 2, runs.params.max() * 4])
     c, n = np.meshgrid(np.logspace(*log_c, 200), np.logspace(*log_n, 200))
     loss = np.asarray(fit.law.predict(n, c / (6 * n)))
     levels = np.geomspace(np.nanmin(loss) * 1.005, runs.loss.max(), 16)
-    lines = axes.contour(c, n, loss, levels=levels, cmap="magma_r", linewidths=0.9)
-    axes.clabel(lines, lines.levels[::3], fontsize=7, fmt="%.2f")
-    coloured = {"c": runs.loss, "cmap": "magma_r", "norm": lines.norm, "edgecolors": "black", "linewidths": 0.3}
-    axes.scatter(runs.flops, runs.params, s=12, zorder=3, label="runs", **coloured)
+    colours = {"cmap": "magma_r", "norm": LogNorm(levels[0] * 0.85, levels[-1])}  # none too light to be seen
+    lines = axes.contour(c, n, loss, levels=levels, linewidths=0.9, **colours)
+    edges = {"edgecolors": "black", "linewidths": 0.3}
+    axes.scatter(runs.flops, runs.params, s=12, c=runs.loss, zorder=3, label="runs", **edges, **colours)
     budgets = np.logspace(*log_c, 100)
     best = fit.law.allocate(budgets)
+    # Each line's number stands at the right, where the model is smaller than the best.
+    at = int(0.93 * c.shape[1])
+    below = n[:, at] < np.interp(c[0, at], budgets, best.params)
+    rising = loss[below, at][::-1]
+    where = [(c[0, at], np.interp(level, rising, n[below, at][::-1])) for level in levels if rising[0] < level < rising[-1]]
+    axes.clabel(lines, fontsize=7, fmt="%.2f", manual=where)
     training = 6 * best.params * best.tokens  # less than the budget where that pays for inference, too
     axes.plot(training, best.params, color=FITTED, lw=1.8, label="efficient frontier")
     if interval := fit.interval(lambda law: law.allocate(budgets).params):
@@ -291,7 +303,7 @@ def page(runs: Runs, fits: dict[str, Fit | str], figures: dict[str, bytes], flop
 
     parts = [f"<p>{escape(describe_runs(runs))}.</p>", f'<p class="note">{UNITS}</p>']
     if flops:
-        parts += [f"<h2>Best use of {number(flops)} FLOPs</h2>", rows(comparison(fits, flops))]
+        parts += [f"<h2>B{budget(runs, flops)[1:]}</h2>", rows(comparison(fits, flops))]
         parts += [f"<p>In short: {escape(spread(fits, flops))}.</p>" if spread(fits, flops) else "", image("compare")]
     for name, fit in fits.items():
         if isinstance(fit, Fit):

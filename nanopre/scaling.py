@@ -40,7 +40,9 @@ class Fit:
         `fit.interval(lambda law: law.allocate(1e21).params)`; None where there was no bootstrap."""
         if not self.samples:
             return None
-        low, high = np.nanquantile([value(law) for law in self.samples], [(1 - level) / 2, (1 + level) / 2], axis=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a value that no law knows, the interval is nan
+            low, high = np.nanquantile([value(law) for law in self.samples], [(1 - level) / 2, (1 + level) / 2], axis=0)
         return low, high
 
     def estimates(self) -> dict[str, float]:

@@ -30,18 +30,19 @@ VOCABULARIES = [BYTES, *(2**k for k in range(9, 18))]  # up to 131,072
 
 
 def build(
-    name: str, family: type, n: float, seq_len: int, vocab_size: int = 0, multiple: int = 64
+    name: str, family: type, n: float, seq_len: int, vocab_size: int = 0, multiple: int = 64, counted: str = "total"
 ) -> tuple[dict[str, Any], int, ModelConfig]:
-    """(options of [model] for about `n` parameters, embeddings included; tokens of the vocabulary; the model's settings).
+    """(options of [model] for about `n` parameters; tokens of the vocabulary; the model's settings).
 
     name, family: the plugin. Each of the options that it does not have is left out.
     vocab_size: the tokenizer's; 0: the largest of VOCABULARIES that leaves four fifths of the parameters to the blocks.
         LLaMA 3 8B (128,256 tokens, 13% of the parameters) and TinyLlama 1.1B (32,000, 12%) keep to that.
     multiple: the rows of the embedding are rounded up to a multiple of it.
+    counted: which of nanopre.cost.parameters are to be `n`: "total", or "blocks" where embeddings do not count.
 
     Of all pairs of depth and width near the rule it takes the one with the least |log(parameters / n)|, plus a tenth of
     |log(aspect ratio / the rule's)|: being 3% too large counts as much as being 30% too wide. What is then left of the
-    difference goes into d_ff, up to an eighth of what the family has.
+    difference goes into d_ff, up to a sixth of what the family has.
 
     Raises UserError where the family's smallest model has more than 4/3 n parameters.
     """
@@ -51,6 +52,10 @@ def build(
             f"--family {name}: has no settings(), or lacks one of the options d_model, n_layers, n_heads and vocab_size, by "
             "which a shape is found; choose another one, llama for example."
         )
+
+    def size(**options) -> int:
+        return parameters(family(**options).settings(options["vocab_size"], seq_len))[counted]
+
     aspect = aspect_ratio(n)
     candidates = []
     for d_model in widths((aspect * n / 12) ** (1 / 3)):  # a block has about 12 d_model**2 parameters
@@ -63,7 +68,7 @@ def build(
         tokens = vocab_size or max(small, default=BYTES)
         options["vocab_size"] = -(-tokens // multiple) * multiple
 
-        one, two = (parameters(family(**options | {"n_layers": k}).settings(1, seq_len))["total"] for k in (1, 2))
+        one, two = (size(**options | {"n_layers": k}) for k in (1, 2))
         layers = max(1.0, 1 + (n - one) / (two - one))
         step = below(DEPTH_STEPS, layers)
         for n_layers in (step * math.floor(layers / step), step * math.ceil(layers / step)):
@@ -74,13 +79,11 @@ def build(
     config = family(**options).settings(tokens, seq_len)
     if "d_ff" in known:
         unit = below(MLP_STEPS, options["d_model"])
-        wider = family(**options, d_ff=config.d_ff + unit).settings(tokens, seq_len)
-        missing = n - parameters(config)["total"]
-        units = round(missing / (parameters(wider)["total"] - parameters(config)["total"]))
-        most = config.d_ff // 8 // unit
+        units = round((n - size(**options)) / (size(**options, d_ff=config.d_ff + unit) - size(**options)))
+        most = config.d_ff // 6 // unit
         options["d_ff"] = config.d_ff + unit * max(-most, min(most, units))
         config = family(**options).settings(tokens, seq_len)
-    total = parameters(config)["total"]
+    total = parameters(config)[counted]
     if total > 4 / 3 * n:
         smaller = ", or a smaller --vocab-size" if vocab_size > BYTES else ""
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
 SCHEDULES = {
@@ -109,6 +110,42 @@ def held(times: list[list[Slot]]) -> list[int]:
             now -= slot.action.kind in "BW"
         result.append(most)
     return result
+
+
+def most_held(schedule: str, ranks: int, microbatches: int, stages_per_rank: int, rank: int) -> int:
+    """What `held` finds for a rank, without a timetable. 1F1B: Narayanan et al., 2021a, section 2.2; interleaved: 2021b,
+    section 2.2, where a rank warms up with so many forward passes."""
+    match schedule:
+        case "gpipe":
+            return microbatches
+        case "1f1b":
+            return min(microbatches, ranks - rank)
+        case "interleaved_1f1b":
+            return min(microbatches * stages_per_rank, 2 * (ranks - rank - 1) + (stages_per_rank - 1) * ranks + 1)
+        case "zero_bubble":
+            return ranks * stages_per_rank
+
+
+def idle(schedule: str, ranks: int, microbatches: int, stages_per_rank: int) -> float:
+    """How long a rank waits, by the time that it works: (p - 1) / (v m) (Narayanan et al., 2021b, section 2.2). Zero-bubble
+    schedules wait for forward passes alone, a third of that, as the other halves of backward passes fill the rest."""
+    of_work = (ranks - 1) / (stages_per_rank * microbatches)
+    return of_work / 3 if schedule == "zero_bubble" else of_work
+
+
+def share_out(blocks: list[float], head: float, n_stages: int) -> list[range]:
+    """The blocks in `n_stages` runs, so that the costliest run, the head with the last, costs least; of ways that are alike,
+    the one whose first runs are shortest."""
+    n = len(blocks)
+    until = np.concatenate(([0.0], np.cumsum(blocks)))
+    runs = np.where(np.tri(n + 1, dtype=bool), np.inf, until - until[:, None])  # [first, end]: the cost of a run
+    costs = [runs[:, n] + head]  # [stages - 1][first]: of the costliest run, of the blocks from `first` on
+    for _ in range(n_stages - 1):
+        costs.append(np.maximum(runs, costs[-1]).min(axis=1))
+    ends = [0]
+    for rest in costs[-2::-1]:
+        ends.append(int(np.maximum(runs[ends[-1]], rest).argmin()))
+    return [range(first, end) for first, end in zip(ends, [*ends[1:], n], strict=True)]
 
 
 def draw(times: list[list[Slot]]) -> str:

@@ -11,6 +11,8 @@ from nanopre.fitting import DELTA, fit_additive, fit_log_loss, huber
 from nanopre.laws import DataConstrained
 from nanopre.runs import Runs
 
+LARGEST = np.log(1e6)  # of R_D and R_N: more epochs than any run has, so that none of them decays
+
 
 @dataclass
 class DataConstrainedFit:
@@ -46,25 +48,24 @@ class DataConstrainedFit:
         enough = np.minimum(base.best_params(runs.unique_tokens), runs.params)
 
         def model(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            tokens, more_tokens = _effective(runs.tokens, runs.unique_tokens, np.exp(theta[:, :1]))
-            params, more_params = _effective(runs.params, enough, np.exp(theta[:, 1:]))
+            rate = np.exp(np.clip(theta, -LARGEST, LARGEST))
+            tokens, more_tokens = _effective(runs.tokens, runs.unique_tokens, rate[:, :1])
+            params, more_params = _effective(runs.params, enough, rate[:, 1:])
             loss = base.predict(params, tokens)
             of_tokens = -base.beta * base.B / tokens ** (base.beta + 1) * more_tokens / loss
             of_params = -base.alpha * base.A / params ** (base.alpha + 1) * more_params / loss
             return np.log(loss), np.stack([of_tokens, of_params], axis=-1)
 
-        (r_d, r_n), _ = fit_log_loss(model, np.log(runs.loss), starts)
-        return DataConstrained(**vars(base) | self._decay(r_d, r_n))
-
-    def _decay(self, log_r_d: float, log_r_n: float) -> dict[str, float]:
-        return {"R_D": float(np.exp(log_r_d)), "R_N": float(np.exp(log_r_n)), "unique_tokens": self.unique_tokens}
+        rates, _ = fit_log_loss(model, np.log(runs.loss), starts)
+        r_d, r_n = np.exp(np.clip(rates, -LARGEST, LARGEST)).tolist()
+        return DataConstrained(**{**vars(base), "R_D": r_d, "R_N": r_n, "unique_tokens": self.unique_tokens})
 
     def notes(self, runs, law):
         residuals = np.log(law.predict(runs.params, runs.tokens, runs.unique_tokens) / runs.loss)
         found = [f"objective {huber(residuals):.6e} on {len(runs)} points, of which {_once(runs).sum()} repeat no data"]
-        for name, value, what in (("R_D", law.R_D, "tokens"), ("R_N", law.R_N, "parameters")):
+        for name, value, what in (("R_D", law.R_D, "repeated tokens"), ("R_N", law.R_N, "parameters beyond their need")):
             if value > 1000:
-                found.append(f"{name} = {value:.3g}: in these runs repeated {what} are worth as much as new ones")
+                found.append(f"{name} = {value:.3g}: in these runs {what} are worth as much as others")
         return found
 
     def draw(self, figure, runs, fit):

@@ -30,7 +30,7 @@ class Envelope:
     def definition(self) -> str:
         envelope = {
             "hull": "the falling part of the lower convex hull of all points in log C, log L; nothing between points is used",
-            "binned": f"the lowest curve at each of {self.bins} FLOP counts; curves are straight in log C, log L between points",
+            "binned": f"the lowest curve at each of {self.bins} FLOP counts, straight in log C, log L between its points",
         }
         return (
             f"N: params, C: flops as the runs give them, else 6 N D; envelope: {envelope[self.method]}; power laws by least "
@@ -78,6 +78,8 @@ def _hull(runs: Runs) -> Runs:
 
 
 def _binned(runs: Runs, bins: int) -> Runs:
+    if len(np.unique(runs.run)) == len(runs):
+        raise UserError("the binned envelope needs training curves, points that share a run; the hull does not.")
     grid = np.geomspace(runs.flops.min(), runs.flops.max(), bins)
     curves = [runs.cut(label, grid) for label in np.unique(runs.run)]
     losses = np.array([curve.loss for curve in curves])

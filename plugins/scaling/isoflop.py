@@ -46,20 +46,20 @@ class IsoFlop:
     def fit(self, runs):
         valleys, left_out = self.valleys(runs)
         if len(valleys) < 2:
-            reasons = f" ({'; '.join(left_out)})" if left_out else ""
             raise UserError(
-                f"isoflop needs at least 2 budgets, each with a minimum between 3 or more sizes; found {len(valleys)}{reasons}."
+                f"isoflop needs at least 2 budgets, each with a minimum between 3 or more sizes; found {len(valleys)} "
+                f"({'; '.join(left_out) or 'all points are one budget'}); --option isoflop.budgets=[...] cuts curves at FLOPs."
             )
-        return fit_frontier(*(np.array(column) for column in list(zip(*valleys, strict=True))[2:]))
+        return _through(valleys)
 
     def valleys(self, runs: Runs) -> tuple[list[Valley], list[str]]:
         """(the budgets that can be used, by rising FLOPs; why others can't)."""
-        valleys, left_out = [], []
+        valleys, left_out, scattered = [], [], 0
         for group in self.groups(runs):
             log_n = np.log(group.params)
             flops = float(np.exp(np.log(group.flops).mean()))
-            if (sizes := len(np.unique(group.params))) < 3:
-                left_out.append(f"budget {flops:.3g}: {sizes} size{'s' if sizes > 1 else ''}, 3 are needed")
+            if len(np.unique(group.params)) < 3:
+                scattered += len(group)
                 continue
             centre = log_n.mean()
             a, b, c = np.polyfit(log_n - centre, group.loss, 2)
@@ -72,6 +72,8 @@ class IsoFlop:
             tokens = float(np.exp(np.polyval(np.polyfit(log_n, np.log(group.tokens), 1), vertex)))
             loss = float(c - b**2 / (4 * a))
             valleys.append(Valley(group, parabola, flops, float(np.exp(vertex)), tokens, loss))
+        if scattered:
+            left_out.append(f"{scattered} points at budgets with fewer than 3 sizes")
         return valleys, left_out
 
     def groups(self, runs: Runs) -> list[Runs]:
@@ -97,8 +99,8 @@ class IsoFlop:
         try:
             law, _ = fit_additive(used)
             used.loss = law.predict(used.params, used.tokens)
-            again = fit_frontier(*(np.array(c) for c in list(zip(*self.valleys(used)[0], strict=True))[2:]))
-        except (UserError, TypeError):  # too few points for it, or no two valleys in it
+            again = IsoFlop(tolerance=self.tolerance).fit(used)  # without budgets: its curves are cut already
+        except UserError:  # too few points for it
             return []
         exact = law.beta / (law.alpha + law.beta)
         return [
@@ -113,12 +115,17 @@ class IsoFlop:
             colour = f"C{i % 10}"
             n = np.geomspace(valley.runs.params.min(), valley.runs.params.max(), 100)
             loss.plot(valley.runs.params, valley.runs.loss, "o", ms=4, color=colour)
-            loss.plot(n, np.polyval(valley.parabola, np.log(n)), color=colour, lw=1.2, label=f"{valley.flops:.2g} FLOPs")
+            loss.plot(n, np.polyval(valley.parabola, np.log(n)), color=colour, lw=1.2, label=f"{report.number(valley.flops)}")
             loss.plot(valley.params, valley.loss, "*", ms=12, color=colour, mec="black", mew=0.6, zorder=3)
-        loss.set(xscale="log", xlabel="N, parameters", ylabel="loss, nats a token", title="minima are stars")
-        loss.legend(frameon=False, fontsize=8, ncols=2)
+        loss.set(xscale="log", xlabel="N, parameters", ylabel="loss, nats a token", title="stars: minima of the parabolas")
+        loss.legend(frameon=False, fontsize=8, ncols=2, title="C, FLOPs")
         best = np.array([[valley.flops, valley.params] for valley in valleys])
         report.draw_best(size, fit, *best.T, "minima of the parabolas")
+
+
+def _through(valleys: list[Valley]) -> Frontier:
+    flops, params, tokens, loss = np.array([valley[2:] for valley in valleys]).T
+    return fit_frontier(flops, params, tokens, loss)
 
 
 @hookimpl
