@@ -57,7 +57,11 @@ def command_line() -> Parser:
 
 
 def main(argv: list[str]) -> None:
-    a = command_line().parse_args(argv)
+    parser = command_line()
+    a, rest = parser.parse_known_args(argv)
+    if not hasattr(a, "overrides") and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    a.overrides = rest
     with redirect_stdout(sys.stderr):  # what is said on the way
         result, text = a.run(a)
     print(json.dumps(result, indent=1) if a.json else text)
@@ -104,11 +108,7 @@ def add_runs(command: argparse.ArgumentParser, bootstrap: int) -> None:
     command.add_argument("--metric", default="val_loss", help="of log.jsonl, what is the loss (default: val_loss)")
     command.add_argument("--last", action="store_true", help="only the last point of each run")
     command.add_argument(
-<<<<<<< HEAD
-        "--drop-highest", type=positive(int, zero=True), default=0, metavar="K", help="without the K highest losses"
-=======
         "--drop-highest", type=positive(int, zero=True), default=0, metavar="K", help="leave out the K highest losses"
->>>>>>> budget
     )
     command.add_argument("--option", action="append", default=[], metavar="NAME.KEY=VALUE", help="an analyzer's option")
     command.add_argument("--plugins", action="append", default=[], metavar="PATH", help="a file or folder of plugins")
@@ -216,138 +216,6 @@ def write_figures(a: argparse.Namespace, chosen: dict, fits: dict, runs: Runs, f
         write(a.report, report.page(runs, fits, figures, flops))
 
 
-<<<<<<< HEAD
-# sweep, lr, batch and upscale: small runs, and from them to the big one.
-
-
-def add_sweep(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("sweep", help="small runs within a budget: designed, run, fitted", allow_abbrev=False)
-    command.add_argument("config", help="a TOML file: what all runs have in common, and the learning rate of its width")
-    command.add_argument("--budget", type=positive(float), required=True, help="FLOPs (6 N D) of all the runs together")
-    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the sweep lives")
-    command.add_argument("--approach", choices=("envelope", "isoflop", "parametric"), default="isoflop", help="to serve")
-    command.add_argument("--sizes", type=at_least(2), default=6, help="models at each budget (default: 6)")
-    command.add_argument("--budgets", type=at_least(2), default=3, help="how many, geometric (default: 3)")
-    command.add_argument("--span", type=at_least(1.1), default=10.0, help="the largest budget by the smallest (default: 10)")
-    command.add_argument("--size-ratio", type=at_least(1.1), default=2.0, help="of a size to the next smaller (default: 2)")
-    command.add_argument(
-        "--tokens-per-param", type=positive(float), default=20.0, help="of the models that sizes lie around (default: 20)"
-    )
-    command.add_argument("--run", action="store_true", dest="start", help="run what is not done yet, then fit and predict")
-    command.add_argument("--jobs", type=at_least(1), default=1, help="sizes that run at a time (default: 1)")
-    command.add_argument(
-        "--launch", default=f"{sys.executable} {{train}} {{config}}", help="as 'torchrun --nproc-per-node=2 {train} {config}'"
-    )
-    command.add_argument("--target", type=positive(float), help="FLOPs to predict for (default: 10 times the largest budget)")
-    command.set_defaults(run=run_sweep)
-    return command
-
-
-def at_least(least: float):
-    """A type of argparse: a finite number from `least` on, whole if that is."""
-    kind = type(least)
-
-    def parse(text: str):
-        if not least <= (value := kind(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least} and finite")
-        return value
-
-    parse.__name__ = "number" if kind is float else "whole number"
-    return parse
-
-
-def run_sweep(a: argparse.Namespace) -> tuple[dict, str]:
-    config, plugins = configs.load(a.config)
-    runner = sweep.Runner(a.out, HERE / "train.py", a.launch, a.jobs)
-    if hasattr(config.objective, "columns"):
-        raise UserError(
-            f"{a.config}: objective {config.objective._plugin_name} learns from examples; a sweep takes running text."
-        )
-    corpus = corpora.prepare(config, plugins)
-    if not corpus.val.n_tokens:
-        raise UserError(
-            f"{a.config}: data.val_fraction = 0 leaves nothing to measure the runs on; raise it or set data.val_corpus."
-        )
-    decay = config.schedule.decay_fraction
-    rungs = sweep.ladder(a.approach, a.budget, a.sizes, a.budgets, a.span, a.size_ratio, a.tokens_per_param, decay)
-    plan = sweep.design(config, rungs, corpus, a.out)
-    sweep.write(plan, a.out)
-    if a.start:
-        runner.run(plan)
-    points = sweep.collect(plan, a.out)
-    result, text = {"flops": plan.flops, "points": points}, sweep.table(plan, points)
-    if a.start:
-        target = [] if a.target is None else [f"--flops={a.target}"]
-        compare = ["compare", str(a.out / "points.csv"), f"--report={a.out / 'report.html'}", *target]
-        result["compare"], compared = run_compare(command_line().parse_args(compare))
-        text += f"\n\n{compared}\n\nFigures are in {a.out / 'report.html'}."
-    return result, text
-
-
-def add_lr(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("lr", help="which learning rate a training bears: a range test", allow_abbrev=False)
-    command.add_argument("config", help="a TOML file")
-    command.add_argument("--low", type=positive(float), default=1e-5, help="the first rate (default: 1e-5)")
-    command.add_argument("--high", type=positive(float), default=1.0, help="the last rate (default: 1)")
-    command.add_argument("--steps", type=at_least(20), default=300, help="from one to the other (default: 300)")
-    command.add_argument("--figure", metavar="FILE.png", help="write the curve")
-    command.set_defaults(run=run_lr)
-    return command
-
-
-def run_lr(a: argparse.Namespace) -> tuple[dict, str]:
-    if a.low >= a.high:
-        raise UserError(f"--low {a.low:g}: must be below --high {a.high:g}.")
-    test = trial.range_test(*configs.load(a.config), a.low, a.high, a.steps)
-    if a.figure:
-        write(a.figure, report.figure(test.draw, (7, 4.2)))
-    result = {"biggest": test.biggest, "recommended": test.recommended, "rates": test.rates, "losses": test.losses}
-    return scaling.plain(result), test.text()
-
-
-def add_batch(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("batch", help="the largest and the fastest micro-batch on this machine", allow_abbrev=False)
-    command.add_argument("config", help="a TOML file")
-    command.add_argument("--up-to", type=at_least(1), help="rows (default: train.batch_size)")
-    command.add_argument("--steps", type=at_least(1), default=3, help="that are timed, after a first one (default: 3)")
-    command.add_argument(
-        "--memory", type=positive(float), help="GiB that a CPU's process may take (default: half of what is free)"
-    )
-    command.set_defaults(run=run_batch)
-    return command
-
-
-def run_batch(a: argparse.Namespace) -> tuple[dict, str]:
-    config, _ = configs.load(a.config)
-    table = configs.to_dict(config)
-    table["train"]["device"] = device = machine.choose_device(config.train.device).type
-    limit = trial.free_memory() / 2 if a.memory is None else a.memory * 2**30
-    up_to = a.up_to or config.train.batch_size
-    tried = trial.largest_batch(lambda rows: trial.measure_batch(table, rows, a.steps, limit), up_to)
-    result = {"device": device, "tried": [vars(m) for m in tried]}
-    return result, trial.batch_text(tried, up_to, limit if device == "cpu" else None)
-
-
-def add_upscale(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("upscale", help="from the best of many small runs to the big one, by muP", allow_abbrev=False)
-    command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders that hold such")
-    command.add_argument("--params", type=positive(float), required=True, help="of the big model, embeddings included")
-    command.add_argument("--tokens", type=positive(float), required=True, help="that it is trained on")
-    command.add_argument("--out", metavar="FILE.toml", required=True, help="its config, which train.py accepts")
-    command.set_defaults(run=run_upscale)
-    return command
-
-
-def run_upscale(a: argparse.Namespace) -> tuple[dict, str]:
-    best = upscale.best(a.runs)
-    table, text = upscale.upscaled(best, a.params, a.tokens, Path(a.out).stem)
-    write(a.out, tomli_w.dumps(table))
-    return {
-        "from": str(best.folder),
-        "loss": best.loss,
-        "config": table,
-    }, f"{text}\n{a.out} is written: python train.py {a.out}"
-=======
 # budget: from a compute budget to a run.
 
 
@@ -430,7 +298,143 @@ def spend(a: argparse.Namespace, fit: scaling.Fit) -> tuple[float, str, proposal
     hours = f"{a.gpus:,} x {a.hours:,g} hours" if a.hours else f"{a.gpu_hours:,g} hours"
     source = "as said" if a.mfu else "an assumption"
     return flops, f"{flops:.3g} FLOP: {hours} of {machine.gpu} x {peak:.3g} FLOP/s x an MFU of {mfu:.2f}, {source}", machine
->>>>>>> budget
+
+
+# sweep, lr, batch and upscale: small runs, and from them to the big one.
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="a TOML file as train.py takes it; --section.key=value sets a key of it")
+    command.set_defaults(overrides=[])
+
+
+def add_sweep(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("sweep", help="small runs within a budget: designed, run, fitted", allow_abbrev=False)
+    add_config(command)
+    command.add_argument("--budget", type=positive(float), required=True, help="FLOPs (6 N D) of all the runs together")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the sweep lives")
+    command.add_argument("--approach", choices=("envelope", "isoflop", "parametric"), default="isoflop", help="to serve")
+    command.add_argument("--sizes", type=at_least(2), default=6, help="models at each budget (default: 6)")
+    command.add_argument("--budgets", type=at_least(2), default=3, help="how many, geometric (default: 3)")
+    command.add_argument("--span", type=at_least(1.1), default=10.0, help="the largest budget by the smallest (default: 10)")
+    command.add_argument("--size-ratio", type=at_least(1.1), default=2.0, help="of a size to the next smaller (default: 2)")
+    command.add_argument(
+        "--tokens-per-param", type=positive(float), default=20.0, help="of the models that sizes lie around (default: 20)"
+    )
+    command.add_argument("--run", action="store_true", dest="start", help="run what is not done yet, then fit and predict")
+    command.add_argument("--jobs", type=at_least(1), default=1, help="sizes that run at a time (default: 1)")
+    command.add_argument(
+        "--launch", default=f"{sys.executable} {{train}} {{config}}", help="as 'torchrun --nproc-per-node=2 {train} {config}'"
+    )
+    command.add_argument("--target", type=positive(float), help="FLOPs to predict for (default: 10 times the largest budget)")
+    command.set_defaults(run=run_sweep)
+    return command
+
+
+def at_least(least: float):
+    """A type of argparse: a finite number from `least` on, whole if that is."""
+    kind = type(least)
+
+    def parse(text: str):
+        if not least <= (value := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least} and finite")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
+
+
+def run_sweep(a: argparse.Namespace) -> tuple[dict, str]:
+    config, plugins = configs.load(a.config, a.overrides, checkpoint.read_config)
+    runner = sweep.Runner(a.out, HERE / "train.py", a.launch, a.jobs)
+    if hasattr(config.objective, "columns"):
+        raise UserError(
+            f"{a.config}: objective {config.objective._plugin_name} learns from examples; a sweep takes running text."
+        )
+    corpus = corpora.prepare(config, plugins)
+    if not corpus.val.n_tokens:
+        raise UserError(
+            f"{a.config}: data.val_fraction = 0 leaves nothing to measure the runs on; raise it or set data.val_corpus."
+        )
+    decay = config.schedule.decay_fraction
+    rungs = sweep.ladder(a.approach, a.budget, a.sizes, a.budgets, a.span, a.size_ratio, a.tokens_per_param, decay)
+    plan = sweep.design(config, rungs, corpus, a.out)
+    sweep.write(plan, a.out)
+    if a.start:
+        runner.run(plan)
+    points = sweep.collect(plan, a.out)
+    result, text = {"flops": plan.flops, "points": points}, sweep.table(plan, points)
+    if a.start:
+        target = [] if a.target is None else [f"--flops={a.target}"]
+        compare = ["compare", str(a.out / "points.csv"), f"--report={a.out / 'report.html'}", *target]
+        result["compare"], compared = run_compare(command_line().parse_args(compare))
+        text += f"\n\n{compared}\n\nFigures are in {a.out / 'report.html'}."
+    return result, text
+
+
+def add_lr(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("lr", help="which learning rate a training bears: a range test", allow_abbrev=False)
+    add_config(command)
+    command.add_argument("--low", type=positive(float), default=1e-5, help="the first rate (default: 1e-5)")
+    command.add_argument("--high", type=positive(float), default=1.0, help="the last rate (default: 1)")
+    command.add_argument("--steps", type=at_least(20), default=300, help="from one to the other (default: 300)")
+    command.add_argument("--figure", metavar="FILE.png", help="write the curve")
+    command.set_defaults(run=run_lr)
+    return command
+
+
+def run_lr(a: argparse.Namespace) -> tuple[dict, str]:
+    if a.low >= a.high:
+        raise UserError(f"--low {a.low:g}: must be below --high {a.high:g}.")
+    test = trial.range_test(*configs.load(a.config, a.overrides, checkpoint.read_config), a.low, a.high, a.steps)
+    if a.figure:
+        write(a.figure, report.figure(test.draw, (7, 4.2)))
+    result = {"biggest": test.biggest, "recommended": test.recommended, "rates": test.rates, "losses": test.losses}
+    return scaling.plain(result), test.text()
+
+
+def add_batch(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("batch", help="the largest and the fastest micro-batch on this machine", allow_abbrev=False)
+    add_config(command)
+    command.add_argument("--up-to", type=at_least(1), help="rows (default: train.batch_size)")
+    command.add_argument("--steps", type=at_least(1), default=3, help="that are timed, after a first one (default: 3)")
+    command.add_argument(
+        "--memory", type=positive(float), help="GiB that a CPU's process may take (default: half of what is free)"
+    )
+    command.set_defaults(run=run_batch)
+    return command
+
+
+def run_batch(a: argparse.Namespace) -> tuple[dict, str]:
+    config, _ = configs.load(a.config, a.overrides, checkpoint.read_config)
+    table = configs.to_dict(config)
+    table["train"]["device"] = device = machine.choose_device(config.train.device).type
+    limit = trial.free_memory() / 2 if a.memory is None else a.memory * 2**30
+    up_to = a.up_to or config.train.batch_size
+    tried = trial.largest_batch(lambda rows: trial.measure_batch(table, rows, a.steps, limit), up_to)
+    result = {"device": device, "tried": [vars(m) for m in tried]}
+    return result, trial.batch_text(tried, up_to, limit if device == "cpu" else None)
+
+
+def add_upscale(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("upscale", help="from the best of many small runs to the big one, by muP", allow_abbrev=False)
+    command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders that hold such")
+    command.add_argument("--params", type=positive(float), required=True, help="of the big model, embeddings included")
+    command.add_argument("--tokens", type=positive(float), required=True, help="that it is trained on")
+    command.add_argument("--out", metavar="FILE.toml", required=True, help="its config, which train.py accepts")
+    command.set_defaults(run=run_upscale)
+    return command
+
+
+def run_upscale(a: argparse.Namespace) -> tuple[dict, str]:
+    best = upscale.best(a.runs)
+    table, text = upscale.upscaled(best, a.params, a.tokens, Path(a.out).stem)
+    write(a.out, tomli_w.dumps(table))
+    return {
+        "from": str(best.folder),
+        "loss": best.loss,
+        "config": table,
+    }, f"{text}\n{a.out} is written: python train.py {a.out}"
 
 
 def write(path: str | Path, content: str | bytes) -> None:
