@@ -10,10 +10,12 @@ import dataclasses
 import json
 import math
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 import torch
 
 from nanopre import (
@@ -22,8 +24,10 @@ from nanopre import (
     budget,
     checkpoint,
     config as configs,
+    corpus as corpora,
     cost,
     layouts,
+    machine,
     memory,
     parallel,
     planning,
@@ -32,12 +36,17 @@ from nanopre import (
     report,
     scaling,
     shape,
+    sweep,
     timetable,
+    trial,
+    upscale,
 )
 from nanopre.distributed import World
 from nanopre.laws import PUBLISHED
 from nanopre.plugins import Registry, load_plugins, nearest
 from nanopre.runs import Runs, read_runs
+
+HERE = Path(__file__).parent
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,17 +56,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help.")
 
 
-def main(argv: list[str]) -> None:
+def command_line() -> Parser:
     parser = Parser(prog="plan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_fit, add_compare, add_budget, add_memory, add_layout, add_schedule):
+    of_runs, of_configs = (add_fit, add_compare, add_budget), (add_memory, add_layout, add_schedule)
+    for add in (*of_runs, *of_configs, add_sweep, add_lr, add_batch, add_upscale):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    parser = command_line()
     a, rest = parser.parse_known_args(argv)
     if not hasattr(a, "overrides") and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     a.overrides = rest
-    result, text = a.run(a)
+    with redirect_stdout(sys.stderr):  # what is said on the way
+        result, text = a.run(a)
     print(json.dumps(result, indent=1) if a.json else text)
 
 
@@ -72,6 +88,25 @@ def positive(kind: type, zero: bool = False):
 
     parse.__name__ = "number" if kind is float else "whole number"  # argparse: "invalid whole number value: 'x'"
     return parse
+
+
+def at_least(least: float):
+    """A type of argparse: a finite number from `least` on, whole if that is."""
+    kind = type(least)
+
+    def parse(text: str):
+        if not least <= (value := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}{'' if kind is int else ' and finite'}")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    """What all commands of a config take."""
+    command.add_argument("config", help="a TOML file as train.py takes it; --section.key=value sets a key of it")
+    command.set_defaults(overrides=[])
 
 
 # fit and compare: laws of measured runs.
@@ -295,6 +330,125 @@ def spend(a: argparse.Namespace, fit: scaling.Fit) -> tuple[float, str, proposal
     return flops, f"{flops:.3g} FLOP: {hours} of {machine.gpu} x {peak:.3g} FLOP/s x an MFU of {mfu:.2f}, {source}", machine
 
 
+# sweep, lr, batch and upscale: small runs, and from them to the big one.
+
+
+def add_sweep(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("sweep", help="small runs within a budget: designed, run, fitted", allow_abbrev=False)
+    add_config(command)
+    command.add_argument("--budget", type=positive(float), required=True, help="FLOPs (6 N D) of all the runs together")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the sweep lives")
+    command.add_argument("--approach", choices=("envelope", "isoflop", "parametric"), default="isoflop", help="to serve")
+    command.add_argument("--sizes", type=at_least(2), default=6, help="models at each budget (default: 6)")
+    command.add_argument("--budgets", type=at_least(2), default=3, help="how many, geometric (default: 3)")
+    command.add_argument("--span", type=at_least(1.1), default=10.0, help="the largest budget by the smallest (default: 10)")
+    command.add_argument("--size-ratio", type=at_least(1.1), default=2.0, help="of a size to the next smaller (default: 2)")
+    command.add_argument(
+        "--tokens-per-param", type=positive(float), default=20.0, help="of the models that sizes lie around (default: 20)"
+    )
+    command.add_argument("--run", action="store_true", dest="start", help="run what is not done yet, then fit and predict")
+    command.add_argument("--jobs", type=at_least(1), default=1, help="sizes that run at a time (default: 1)")
+    command.add_argument(
+        "--launch", default=f"{sys.executable} {{train}} {{config}}", help="as 'torchrun --nproc-per-node=2 {train} {config}'"
+    )
+    command.add_argument("--target", type=positive(float), help="FLOPs to predict for (default: 10 times the largest budget)")
+    command.set_defaults(run=run_sweep)
+    return command
+
+
+def run_sweep(a: argparse.Namespace) -> tuple[dict, str]:
+    config, plugins = configs.load(a.config, a.overrides, checkpoint.read_config)
+    runner = sweep.Runner(a.out, HERE / "train.py", a.launch, a.jobs)
+    if hasattr(config.objective, "columns"):
+        raise UserError(
+            f"{a.config}: objective {config.objective._plugin_name} learns from examples; a sweep takes running text."
+        )
+    corpus = corpora.prepare(config, plugins)
+    if not corpus.val.n_tokens:
+        raise UserError(
+            f"{a.config}: data.val_fraction = 0 leaves nothing to measure the runs on; raise it or set data.val_corpus."
+        )
+    decay = config.schedule.decay_fraction
+    rungs = sweep.ladder(a.approach, a.budget, a.sizes, a.budgets, a.span, a.size_ratio, a.tokens_per_param, decay)
+    plan = sweep.design(config, rungs, corpus, a.out)
+    sweep.write(plan, a.out)
+    if a.start:
+        runner.run(plan)
+    points = sweep.collect(plan, a.out)
+    result, text = {"flops": plan.flops, "points": points}, sweep.table(plan, points)
+    if a.start:
+        target = [] if a.target is None else [f"--flops={a.target}"]
+        compare = ["compare", str(a.out / "points.csv"), f"--report={a.out / 'report.html'}", *target]
+        result["compare"], compared = run_compare(command_line().parse_args(compare))
+        text += f"\n\n{compared}\n\nFigures are in {a.out / 'report.html'}."
+    return result, text
+
+
+def add_lr(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("lr", help="which learning rate a training bears: a range test", allow_abbrev=False)
+    add_config(command)
+    command.add_argument("--low", type=positive(float), default=1e-5, help="the first rate (default: 1e-5)")
+    command.add_argument("--high", type=positive(float), default=1.0, help="the last rate (default: 1)")
+    command.add_argument("--steps", type=at_least(20), default=300, help="from one to the other (default: 300)")
+    command.add_argument("--figure", metavar="FILE.png", help="write the curve")
+    command.set_defaults(run=run_lr)
+    return command
+
+
+def run_lr(a: argparse.Namespace) -> tuple[dict, str]:
+    if a.low >= a.high:
+        raise UserError(f"--low {a.low:g}: must be below --high {a.high:g}.")
+    test = trial.range_test(*configs.load(a.config, a.overrides, checkpoint.read_config), a.low, a.high, a.steps)
+    if a.figure:
+        write(a.figure, report.figure(test.draw, (7, 4.2)))
+    result = {"biggest": test.biggest, "recommended": test.recommended, "rates": test.rates, "losses": test.losses}
+    return scaling.plain(result), test.text()
+
+
+def add_batch(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("batch", help="the largest and the fastest micro-batch on this machine", allow_abbrev=False)
+    add_config(command)
+    command.add_argument("--up-to", type=at_least(1), help="rows (default: train.batch_size)")
+    command.add_argument("--steps", type=at_least(1), default=3, help="that are timed, after a first one (default: 3)")
+    command.add_argument(
+        "--memory", type=positive(float), help="GiB that a CPU's process may take (default: half of what is free)"
+    )
+    command.set_defaults(run=run_batch)
+    return command
+
+
+def run_batch(a: argparse.Namespace) -> tuple[dict, str]:
+    config, _ = configs.load(a.config, a.overrides, checkpoint.read_config)
+    table = configs.to_dict(config)
+    table["train"]["device"] = device = machine.choose_device(config.train.device).type
+    limit = trial.free_memory() / 2 if a.memory is None else a.memory * 2**30
+    up_to = a.up_to or config.train.batch_size
+    tried = trial.largest_batch(lambda rows: trial.measure_batch(table, rows, a.steps, limit), up_to)
+    result = {"device": device, "tried": [vars(m) for m in tried]}
+    return result, trial.batch_text(tried, up_to, limit if device == "cpu" else None)
+
+
+def add_upscale(commands) -> argparse.ArgumentParser:
+    command = commands.add_parser("upscale", help="from the best of many small runs to the big one, by muP", allow_abbrev=False)
+    command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders that hold such")
+    command.add_argument("--params", type=positive(float), required=True, help="of the big model, embeddings included")
+    command.add_argument("--tokens", type=positive(float), required=True, help="that it is trained on")
+    command.add_argument("--out", metavar="FILE.toml", required=True, help="its config, which train.py accepts")
+    command.set_defaults(run=run_upscale)
+    return command
+
+
+def run_upscale(a: argparse.Namespace) -> tuple[dict, str]:
+    best = upscale.best(a.runs)
+    table, text = upscale.upscaled(best, a.params, a.tokens, Path(a.out).stem)
+    write(a.out, tomli_w.dumps(table))
+    return {
+        "from": str(best.folder),
+        "loss": best.loss,
+        "config": table,
+    }, f"{text}\n{a.out} is written: python train.py {a.out}"
+
+
 def write(path: str | Path, content: str | bytes) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -306,22 +460,12 @@ def write(path: str | Path, content: str | bytes) -> None:
 # memory, layout, schedule: a config on accelerators.
 
 
-def at_least_one(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
-
-
-at_least_one.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
-
-
-def add_config(command: argparse.ArgumentParser) -> None:
+def add_gpus(command: argparse.ArgumentParser) -> None:
     """What `memory` and `layout` both take."""
-    command.add_argument("config", help="a TOML file as train.py takes it; --section.key=value sets a key of it")
+    add_config(command)
     command.add_argument("--gpu", required=True, help="which accelerator, as h100")
-    command.add_argument("--gpus", type=at_least_one, default=1, help="how many (default: 1)")
+    command.add_argument("--gpus", type=at_least(1), default=1, help="how many (default: 1)")
     command.add_argument("--accelerators", metavar="FILE", help="a TOML file with more accelerators")
-    command.set_defaults(overrides=[])
 
 
 def read_config(a: argparse.Namespace) -> tuple:
@@ -332,9 +476,9 @@ def read_config(a: argparse.Namespace) -> tuple:
 
 def add_memory(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("memory", help="what each GPU holds in a step, item by item", allow_abbrev=False)
-    add_config(command)
+    add_gpus(command)
     command.add_argument(
-        "--state-bits", type=at_least_one, metavar="BITS", help="of each of two moments, in place of the optimizer's own"
+        "--state-bits", type=at_least(1), metavar="BITS", help="of each of two moments, in place of the optimizer's own"
     )
     command.set_defaults(run=run_memory)
     return command
@@ -362,7 +506,7 @@ def run_memory(a: argparse.Namespace) -> tuple[dict, str]:
 
 def add_layout(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("layout", help="which layout of the GPUs takes the least time a step", allow_abbrev=False)
-    add_config(command)
+    add_gpus(command)
     how = command.add_mutually_exclusive_group()
     how.add_argument(
         "--efficiency", type=float, default=layouts.EFFICIENCY,
@@ -395,10 +539,10 @@ def calibrated(run: Path, accelerator: accelerators.Accelerator) -> float:
 
 def add_schedule(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("schedule", help="draw a pipeline's timetable", allow_abbrev=False)
-    command.add_argument("--stages", type=at_least_one, default=4, help="ranks of the pipeline (default: 4)")
-    command.add_argument("--microbatches", type=at_least_one, default=8, help="default: 8")
+    command.add_argument("--stages", type=at_least(1), default=4, help="ranks of the pipeline (default: 4)")
+    command.add_argument("--microbatches", type=at_least(1), default=8, help="default: 8")
     command.add_argument("--schedule", default="1f1b", help=f"{', '.join(timetable.SCHEDULES)} (default: 1f1b)")
-    command.add_argument("--stages-per-rank", type=at_least_one, default=0, help="of a schedule that gives a rank several")
+    command.add_argument("--stages-per-rank", type=at_least(1), default=0, help="of a schedule that gives a rank several")
     command.add_argument("--png", metavar="FILE", help="draw it as a picture, too")
     command.set_defaults(run=run_schedule)
     return command

@@ -120,7 +120,8 @@ def nanopre_optimizers(register: Register) -> None:
     build(model) -> list of torch.optim.Optimizer that share out the model's parameters. The schedule multiplies the
         learning rates that they start with.
 
-    And where it needs it:
+    And where it needs them:
+    mup: True if it follows `model.config.width_ratio` (nanopre.model.ModelConfig); one that does not is refused muP.
     weights: ("float32", "bfloat16") if it can train both, and keeps the small updates of bfloat16 weights (train.weights).
     state_bytes(kind, n) -> bytes that it keeps for a parameter of n numbers, for plan.py: kind is "matrix" of a block, "end"
         (embeddings and output projection) or "vector". Without it AdamW's 8 n are assumed.

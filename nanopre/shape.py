@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
 
-from nanopre import UserError
+from nanopre import UserError, config as configs
 from nanopre.cost import parameters
+from nanopre.distributed import padded_vocabulary
 from nanopre.model import ModelConfig
 
 RULE = (
@@ -114,3 +116,36 @@ def heads(d_model: int) -> dict[str, int]:
 def below(table: tuple[tuple[float, int], ...], size: float) -> int:
     """What a table of (bound, value) has for the first bound that is larger."""
     return next(value for bound, value in table if size < bound)
+
+
+def scaled(config: configs.Config, params: float, n_vocab: int) -> tuple[dict[str, Any], ModelConfig]:
+    """([model] of a config, its settings) for the model nearest to `params`, embeddings included, that has the proportions of
+    the config's: the same width of a head and d_model / n_layers, and d_ff in step. One shape at every size, so that a law
+    sees size alone."""
+    base, plugin, n_rows = configs.to_dict(config)["model"], config.model, padded_vocabulary(n_vocab)
+    if "mup_base_width" not in base:
+        raise UserError(
+            f'model.name = {base["name"]} has no mup_base_width, by which a learning rate fits every width; take "llama".'
+        )
+    settings = plugin.settings(n_rows, config.train.seq_len)
+    aspect, group = settings.d_model / settings.n_layers, settings.n_heads // settings.n_kv_heads
+    nearest, least = None, math.inf
+    for n_heads in itertools.count(1):
+        d_model = n_heads * settings.head_dim
+        options = {
+            **base,
+            "d_model": d_model,
+            "n_layers": max(1, round(d_model / aspect)),
+            "n_heads": n_heads,
+            "d_ff": base["d_ff"] * d_model // settings.d_model,
+            "mup_base_width": base["mup_base_width"] or settings.d_model,
+        }
+        if "n_kv_heads" in base:
+            options["n_kv_heads"] = n_heads // math.gcd(n_heads, group)
+        built = type(plugin)(**{key: value for key, value in options.items() if key != "name"})
+        found = built.settings(n_rows, config.train.seq_len)
+        distance = math.log(parameters(found)["total"] / params)
+        if abs(distance) < least:
+            nearest, least = (options, found), abs(distance)
+        if distance > 0:
+            return nearest

@@ -410,7 +410,7 @@ def test_schedule_as_a_user_asks_for_it(capsys, tmp_path):
         (["memory", "CONFIG", "--gpu", "h10"], "--gpu h10: no such accelerator; did you mean h100?"),
         (["memory", "CONFIG", "--gpu", "h100", "--gpus", "0"], "argument --gpus: 0 must be at least 1; see --help."),
         (["memory", "CONFIG", "--gpu", "h100", "--gpus", "x"], "argument --gpus: invalid whole number value: 'x'; see --help."),
-        (["memory", "CONFIG", "--gpu", "h100", "--gpus", "3"], "train.batch_size = 8 is not divisible by 3 data-parallel ranks"),
+        (["memory", "CONFIG", "--gpu", "h100", "--gpus", "3"], "train.batch_size = 8 is not divisible by 3 data-parallel"),
         (["memory", "CONFIG", "--gpu", "h100", "--tokenizer.name=chars"], 'tokenizer.name = "chars": how many characters'),
         (["memory", "CONFIG", "--gpu", "h100", "--train.stepz=1"], "--train.stepz: unknown key; did you mean --train.steps?"),
         (["layout", "CONFIG", "--gpu", "h100", "--efficiency", "nan"], "--efficiency nan: it must be above 0 and at most 1."),
