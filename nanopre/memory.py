@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -171,11 +171,14 @@ def micro_batch(
     head_gradients = 4 * V * C + n * C * (k.products if c.transform else k.stream)
     rows = max(1, LinearCrossEntropy.LOGITS_PER_CHUNK // V)
     chunk, half = min(n, rows) * V, k.products < 4
-    # A chunk: logits and log-probabilities in float32, and their gradient as products read it; the next one's beside it.
-    alone, after_another = chunk * (10 if half else 8), chunk * (16 if half else 12)
+    # A chunk: logits and log-probabilities in float32, and their gradient as products read it; the next one's beside it. Where
+    # ranks share the vocabulary, all is done in place.
+    alone, after_another = (10, 16) if half else (8, 12)
+    if last.tensor > 1:
+        alone, after_another = (6, 12) if half else (4, 8)
     product = V * C * k.products * (2 if cast else 1)  # the projection's gradient of one chunk; the projection, cast
     product += 4 * V * C if half and not k.fused_rmsnorm else 0  # a CPU casts what is added to the sum over chunks
-    loss = activations.stream(c, k, whole) + max(alone + product, after_another if n > rows else 0)
+    loss = activations.stream(c, k, whole) + max(chunk * alone + product, chunk * after_another if n > rows else 0)
     return MicroBatch(
         kept=tuple(kept),
         recomputed=tuple(recomputed),
@@ -261,8 +264,11 @@ def estimate(
     compiled = config.train.compile == "on" or config.train.compile == "auto" and device != "cpu"
     casts = products < w and not compiled and not (fsdp and fsdp.param_dtype == "bfloat16")
     offloaded = bool(fsdp and fsdp.cpu_offload) and device != "cpu"
-    more = config.train.micro_batch_size and share > config.train.micro_batch_size * n_flight
-    early = p > 1 or more or "ddp" in strategies  # gradients are there before the last backward pass
+    # Gradients that are there before a step's last backward pass begins: of earlier micro-batches, and DDP's buckets. FSDP in
+    # a pipeline has its own only when all micro-batches are done.
+    is_fsdp = bool(fsdp) or layout.data_size > 1 and p * t > 1
+    several = config.train.micro_batch_size and share > config.train.micro_batch_size * n_flight
+    early = p == 1 and several or not is_fsdp and (p > 1 or "ddp" in strategies)
 
     blocks, head = cost.batch_flops(c, example)
     ranges = stages(tuple(blocks), head, p * v)
@@ -287,13 +293,13 @@ def estimate(
         P, G, S = (0.0, 0.0, 0.0) if offloaded else (w * (part + ends).parameters / r, w * (part + ends).parameters / r,
                                                      (part + ends).states)  # fmt: skip
         copies = products * part.products if casts else 0.0
-        gathered, scattered = fsdp_buffers(layout, [weights.blocks[i].parameters for x in here for i in x], ends, w)
+        sharding = fsdp_buffers(layout, [weights.blocks[i].parameters for x in here for i in x], ends, w)
         buffers = CONTEXT if device != "cpu" else 0.0
         if p > 1:  # one for each micro-batch's streams but those that blocks keep, and one for their gradients
             buffers += m.streams * v * ((0 if is_first else max(0.0, n_flight - held)) + (0 if is_last else n_flight))
 
-        always = P + S + buffers + gathered
-        before = always + (G if early else 0.0)
+        always = P + S + buffers + sharding.gathered
+        before = always + (G if early else 0.0) + sharding.accumulated
         graph = copies if not recomputes else 0.0  # of the whole part, else of the block that is computed again,
         block = copies / n if recomputes else 0.0  # though autocast has them all until the forward pass ends
         tied = w * weights.tokens.parameters if is_first and is_last and c.tie_embeddings else 0.0
@@ -301,36 +307,50 @@ def estimate(
         moments = {
             "in the loss" if is_last else "after the last forward pass": before + kept + copies + ahead + loss,
             "as the backward pass begins": before + kept + graph + 2 * ahead,
-            "in the last block's backward pass": before + kept + graph + ahead + m.working[latest] + block + scattered,
-            "in the first block's backward pass": always + G + m.kept[first] + m.working[first] + block + scattered + tied,
-            "in the optimizer's step": always - gathered + G,
+            "in the last block's backward pass": before + kept + graph + ahead + m.working[latest] + block + sharding.passing,
+            "in the first block's backward pass": always + G + m.kept[first] + m.working[first] + block + tied
+            + sharding.accumulated + sharding.at_end,
+            "in the optimizer's step": always - sharding.gathered + G,
         }
-        if n_encoder and n_decoder:
-            moments["in the encoder's last block's backward pass"] = (
-                before + (0.0 if early else G * n_decoder / n) + encoder_kept + graph + ahead + m.working[0] + block + scattered
-            )
+        if n_encoder and n_decoder:  # whose gradients are there then
+            decoders = 0.0 if early else G * n_decoder / n
+            now = before + decoders + encoder_kept + graph + ahead
+            moments["in the encoder's last block's backward pass"] = now + m.working[0] + block + sharding.passing
         moment = max(moments, key=moments.get)
         result.append(
-            Stage(n, P, G, S, kept, copies, ahead + loss, buffers + gathered + scattered, moments[moment], moment)
+            Stage(n, P, G, S, kept, copies, ahead + loss, buffers + sum(sharding), moments[moment], moment)
         )
     return result
 
 
-def fsdp_buffers(layout: Layout, blocks: list[float], ends: Numbers, w: int) -> tuple[float, float]:
-    """(bytes of gathered parameters, bytes that gradients need besides in the backward pass) where FSDP2 runs: with [fsdp],
-    and with [ddp] beside other strategies, which is FSDP2 with shards of one rank. blocks: numbers in each."""
+class Sharding(NamedTuple):
+    """Bytes that FSDP2 has beside its shards."""
+
+    gathered: float = 0.0  # parameters
+    accumulated: float = 0.0  # gradients of whole parameters, from micro-batch to micro-batch
+    passing: float = 0.0  # gradients on their way, while blocks run,
+    at_end: float = 0.0  # and at the end of the backward pass
+
+
+def fsdp_buffers(layout: Layout, blocks: list[float], ends: Numbers, w: int) -> Sharding:
+    """Where FSDP2 runs: with [fsdp], and with [ddp] beside other strategies, which is FSDP2 with shards of one rank, in one
+    group for the whole part. blocks: numbers in each; w: bytes of a weight."""
     sizes, fsdp = layout.sizes, layout.strategies.get("fsdp")
+    is_pipeline = sizes["pipeline"] > 1
     largest, whole = max(blocks), sum(blocks) + ends.parameters
     if fsdp is None:
-        alone = layout.data_size == 1 or sizes["tensor"] * sizes["pipeline"] == 1
-        return (0.0, 0.0) if alone else (w * whole, w * whole if sizes["pipeline"] > 1 else 0.0)
+        if layout.data_size == 1 or sizes["tensor"] * sizes["pipeline"] == 1:
+            return Sharding()
+        return Sharding(w * whole, w * whole) if is_pipeline else Sharding(w * whole, at_end=w * whole)
     gathered = 2 if fsdp.param_dtype == "bfloat16" else w
     reduced = 2 if fsdp.reduce_dtype == "bfloat16" else 4
-    if sizes["pipeline"] > 1:  # parameters stay, and gradients are summed over the micro-batches before they are scattered
-        return gathered * whole, reduced * (whole + largest)
+    if is_pipeline:  # torch's stages sum gradients over the micro-batches before they are scattered, and parameters stay
+        return Sharding(gathered * whole, reduced * whole, at_end=reduced * largest)
     # A block that runs, the next one, and the message in which that comes; its gradient, and the message in which that goes.
     blocks_gathered = 3 * largest if fsdp.reshard_after_forward else sum(blocks) + largest
-    return gathered * (blocks_gathered + ends.parameters), (gathered + reduced) * max(largest, ends.parameters)
+    # The two ends' gradients go last.
+    passing, at_end = ((gathered + reduced) * n for n in (largest, max(largest, ends.parameters)))
+    return Sharding(gathered * (blocks_gathered + ends.parameters), passing=passing, at_end=at_end)
 
 
 ITEMS = {
