@@ -154,11 +154,13 @@ def _joint(runs: Runs, near: KaplanLaw | None) -> tuple[list[float], float]:
 
 
 def _falling_power(x: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
-    """(constant, exponent) of loss = (constant / x)^exponent; nan where the points have no fall."""
+    """(constant, exponent) of loss = (constant / x)^exponent; nan where the points have no fall, or so little of one that
+    the constant is beyond any number."""
     if len(np.unique(x)) < 2:
         return math.nan, math.nan
     at_one, exponent = fit_power(x, loss)
-    return (math.exp(-math.log(at_one) / exponent), -exponent) if exponent < -1e-3 else (math.nan, math.nan)
+    falls = exponent < 0 and abs(math.log(at_one) / exponent) < 700
+    return (math.exp(-math.log(at_one) / exponent), -exponent) if falls else (math.nan, math.nan)
 
 
 def _lowest(runs: Runs, values: np.ndarray) -> np.ndarray:
