@@ -30,7 +30,7 @@ PEERS = ROOT / "benchmarks" / "peers"
 sys.path[:0] = [str(ROOT), str(PEERS)]
 
 import torch  # noqa: E402
-from nanogpt import prepare  # noqa: E402
+from nanogpt_worker import model_settings, prepare, train_flags  # noqa: E402
 from turns import about, alternate, ratio  # noqa: E402
 
 from nanopre import UserError, config as configs, cost  # noqa: E402
@@ -101,27 +101,17 @@ def commands(name: str, row: Row, nanogpt: Path | None, folder: Path) -> dict[st
         return {"shipped": hf([]), "tuned": hf(["tuned"]), "ours": ours, "repeat": ours}
     programs: dict[str, list] = {}
     if nanogpt:
-        shipped = [PEERS / "nanogpt.py", prepare(nanogpt, folder / f"{name}-shipped", row.vocab_size, tuned=False)]
+        shipped = [PEERS / "nanogpt_worker.py", prepare(nanogpt, folder / f"{name}-shipped", row.vocab_size, tuned=False)]
         if row.new_tokens:
-            settings = {"n_layer": row.n_layers, "n_head": row.n_heads, "n_embd": row.d_model, "block_size": row.seq_len}
-            settings |= {"vocab_size": row.vocab_size, "bias": False, "dropout": 0.0}
-            programs["shipped"] = [*shipped, "decode", json.dumps(settings), row.new_tokens]
+            programs["shipped"] = [*shipped, "decode", json.dumps(model_settings(row)), row.new_tokens]
         else:
-            tuned = [PEERS / "nanogpt.py", prepare(nanogpt, folder / f"{name}-tuned", row.vocab_size, tuned=True)]
-            options = nanogpt_flags(row)
-            programs["shipped"] = [*shipped, "train", *options, "--compile=False"]
-            programs["tuned"] = [*tuned, "train", *options, "--compile=True", "--dtype=bfloat16"]
+            tuned = [PEERS / "nanogpt_worker.py", prepare(nanogpt, folder / f"{name}-tuned", row.vocab_size, tuned=True)]
+            options = ["train", *train_flags(row, "cpu", "--learning_rate=1e-3")]
+            programs["shipped"] = [*shipped, *options, "--compile=False"]
+            programs["tuned"] = [*tuned, *options, "--compile=True", "--dtype=bfloat16"]
     if row.new_tokens:
         programs["tuned"] = hf([])
     return programs | {"ours": ours, "repeat": ours}
-
-
-def nanogpt_flags(row: Row) -> list[str]:
-    return [
-        "--dataset=random", "--device=cpu", "--eval_iters=1", "--eval_interval=1000000", "--log_interval=1",
-        f"--block_size={row.seq_len}", f"--batch_size={row.batch_size}", f"--n_layer={row.n_layers}", f"--n_head={row.n_heads}",
-        f"--n_embd={row.d_model}", "--dropout=0.0", "--gradient_accumulation_steps=1", "--learning_rate=1e-3",
-    ]  # fmt: skip
 
 
 def huggingface_command(name: str, row: Row, options: list[str]) -> list:

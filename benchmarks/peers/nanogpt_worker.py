@@ -1,7 +1,7 @@
 """nanoGPT as a worker: its own train.py, which waits for its turn where it prints a step; or its own `generate`.
 
-    python nanogpt.py FOLDER train FLAGS OF ITS TRAIN.PY
-    python nanogpt.py FOLDER decode MODEL TOKENS         MODEL: a GPTConfig as JSON
+    python nanogpt_worker.py FOLDER train FLAGS OF ITS TRAIN.PY
+    python nanogpt_worker.py FOLDER decode MODEL TOKENS         MODEL: a GPTConfig as JSON
 
 FOLDER is what `prepare` has made of a checkout.
 """
@@ -38,6 +38,23 @@ def prepare(checkout: Path, folder: Path, vocab_size: int, tuned: bool) -> Path:
             raise RuntimeError(f"{checkout / name} has no {before!r}, which tuning replaces: take nanoGPT's master.")
         (folder / name).write_text(source.replace(before, after))
     return folder
+
+
+def train_flags(row, device: str, *others: str) -> list[str]:
+    """Of its train.py, for a row of a benchmark's table. It evaluates once, at its start, as its loop is written."""
+    return [
+        "--dataset=random", f"--device={device}", "--eval_iters=1", "--eval_interval=1000000", "--log_interval=1",
+        f"--block_size={row.seq_len}", f"--batch_size={row.batch_size}", f"--n_layer={row.n_layers}", f"--n_head={row.n_heads}",
+        f"--n_embd={row.d_model}", "--dropout=0.0", "--gradient_accumulation_steps=1", *others,
+    ]  # fmt: skip
+
+
+def model_settings(row) -> dict:
+    """Its GPTConfig, for a row."""
+    return {
+        "n_layer": row.n_layers, "n_head": row.n_heads, "n_embd": row.d_model, "block_size": row.seq_len,
+        "vocab_size": row.vocab_size, "bias": False, "dropout": 0.0,
+    }  # fmt: skip
 
 
 def train(flags: list[str]) -> None:
