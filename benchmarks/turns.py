@@ -47,8 +47,8 @@ class Turns:
 
 def peak_memory() -> int:
     """Bytes: of the GPU's allocator where this process has used one, else of the whole process."""
-    torch = sys.modules["torch"]
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
