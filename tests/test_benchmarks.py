@@ -103,5 +103,5 @@ def test_nanogpt_is_tuned_where_it_can_be_and_a_changed_one_is_refused(tmp_path)
         assert (tuned / name).read_text() == f"# before\n{after}x\n"
     assert (tuned / "data/random/train.bin").stat().st_size == 2_000_000
     (checkout / "model.py").write_text("something else")
-    with pytest.raises(RuntimeError, match="model.py has no 'use_fused"):
+    with pytest.raises(RuntimeError, match='model.py has no "use_fused'):
         prepare(checkout, tmp_path / "again", vocab_size=65, tuned=True)
