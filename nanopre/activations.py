@@ -97,18 +97,10 @@ def attention(c: ModelConfig, k: Kernels, x: Tokens, S: int, causal: bool, biase
     lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     seen = [S - T + end if causal and not x.visible else S for end in ends]
     pairs = sum(n * s for n, s in zip(lengths, seen, strict=True))
-    # Batched products copy what does not lie in order: keys and values for each query head of a group, and what was only
-    # transposed; but not in a single row.
-    copied = x.rows * sum(seen) * heads * D * p
-    grouped = heads != kv_heads
-    in_order = x.rows == 1 and (kv_heads == 1 or not grouped)
-    kept += query
-    kept += key if in_order or not grouped and (rotary or c.qk_norm) else copied
-    kept += key if in_order else copied
-    score = p + 4 if biased and p < 4 else p  # softmax's output; of float32 biases in float32, and cast
-    kept += x.rows * heads * pairs * (score + (p + k.mask if c.dropout else 0))
-    hidden = pairs * (x.rows if x.visible else 1) if causal else x.rows * S * len(ends) if x.visible else 0
-    return kept + hidden  # a byte each
+    kept += query + 2 * key
+    # Each score's softmax. What causality hides goes into the product, which keeps no mask; a bias keeps its own, a byte each.
+    kept += x.rows * heads * pairs * (p + (p + k.mask if c.dropout else 0))
+    return kept + (pairs * (x.rows if x.visible else 1) if biased and (causal or x.visible) else 0)
 
 
 def mlp(c: ModelConfig, k: Kernels, x: Tokens) -> float:

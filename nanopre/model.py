@@ -230,23 +230,29 @@ def attend(
             q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=H != H_kv,
             is_causal=plain and causal and T == S and T > 1,
         )  # fmt: skip
-    # On a CPU the backward pass of scaled_dot_product_attention is the slowest part of a small model's step. Plain
-    # products are faster, over 128 queries at a time so that half of the scores that causality hides are never made.
-    q = (q * scale).reshape(B, H_kv, H // H_kv, T, D)
-    k, v = k.unsqueeze(2), v.unsqueeze(2)  # (B, H_kv, 1, S, D), for every query head of the group
+    # On a CPU the backward pass of scaled_dot_product_attention is the slowest part of a small model's step. Plain products
+    # are faster, over 128 queries at a time so that half of the scores that causality hides are never made. What is added
+    # to the scores goes into the product as where its sums begin, which no backward pass visits: masked_fill instead, and
+    # queries that are scaled before, take 1.2 to 1.45 times attention's time, 4% of a step.
+    group = H // H_kv  # query heads that share keys and values: more queries of one head
+    q = q.reshape(B * H_kv, group, T, D)
+    k, v = k.reshape(B * H_kv, S, D), v.reshape(B * H_kv, S, D)
     parts = []
     for start in range(0, T, 128):
-        end = min(start + 128, T)
-        seen = S - T + end if causal and visible is None else S
-        scores = q[..., start:end, :] @ k[..., :seen, :].transpose(-2, -1)  # (B, H_kv, H / H_kv, <=128, seen)
-        if bias is not None:
-            scores = scores + bias[:, start:end, :seen].unflatten(0, (H_kv, -1))
-        hidden = hidden_keys(S - T + start, end - start, seen, causal, visible, q.device)
+        t = min(128, T - start)
+        seen = S - T + start + t if causal and visible is None else S
+        added = q.new_zeros(()) if bias is None else bias[:, start : start + t, :seen].to(q.dtype)
+        hidden = hidden_keys(S - T + start, t, seen, causal, visible, q.device)
         if hidden is not None:
-            scores = scores.masked_fill(hidden if visible is None else hidden.unsqueeze(1), float("-inf"))
-        weights = scores.softmax(dim=-1)
-        parts.append(F.dropout(weights, dropout).to(v.dtype) @ v[..., :seen, :])
-    return torch.cat(parts, dim=-2).reshape(B, H, T, D)
+            added = added.masked_fill(hidden, float("-inf"))  # (t, seen), (H, t, seen) or (B, 1 or H, 1 or t, seen)
+        if added.dim() > 2 or added.dim() and group > 1:
+            added = added.expand(B, H, t, seen).reshape(B * H_kv, group * t, seen)
+        queries = q[:, :, start : start + t].reshape(B * H_kv, group * t, D)
+        beta = min(1, added.dim())  # 0: nothing is added
+        scores = torch.baddbmm(added, queries, k[:, :seen].mT, beta=beta, alpha=scale)  # (B * H_kv, group * t, seen)
+        weights = F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype)
+        parts.append((weights @ v[:, :seen]).view(B, H, t, D))
+    return torch.cat(parts, dim=-2)
 
 
 class Attention(nn.Module):

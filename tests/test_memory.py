@@ -278,6 +278,7 @@ def test_small_updates_count_at_random_and_are_lost_at_the_nearest():
     for stochastic in (True, False):
         model = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
         model.weight.data.fill_(1.0)
+        model.config = types.SimpleNamespace(mup_base_width=0, width_ratio=1.0)
         [optimizer] = optim.build(ADAMW(lr=1e-4, weight_decay=0.0, stochastic_rounding=stochastic), model)
         for _ in range(200):
             model.weight.grad = torch.ones_like(model.weight)
@@ -292,6 +293,7 @@ def test_copies_of_a_parameter_are_rounded_alike_and_others_not():
     weights = []
     for seed, name in ((1, "a"), (2, "a"), (2, "b")):
         model = torch.nn.ModuleDict({name: torch.nn.Linear(32, 32, bias=False, dtype=torch.bfloat16)})
+        model.config = types.SimpleNamespace(mup_base_width=0, width_ratio=1.0)
         model[name].weight.data.fill_(1.0)
         model[name].weight.grad = torch.ones(32, 32, dtype=torch.bfloat16)
         torch.manual_seed(seed)  # of other dropout, on another rank
