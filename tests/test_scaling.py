@@ -151,6 +151,15 @@ def test_envelope_of_gemstones():
     assert "hull" in analyzer("envelope").definition and "lowest curve at each of 50" in binned.definition
 
 
+def test_envelope_of_budgets_whose_flops_differ_by_the_rounding_of_a_step():
+    """The cheapest model of the first budget, by a fraction of a percent, is not on it for that: it may be the worst."""
+    flops, n = (x.ravel() for x in np.meshgrid(np.geomspace(1e19, 1e22, 10), np.geomspace(1e7, 1e11, 61)))
+    d = flops / (6 * n)
+    runs = Runs(n, d, KNOWN.predict(n, d), flops * (1 - 0.003 * n / n.max()))
+    exact = KNOWN.beta / (KNOWN.alpha + KNOWN.beta)
+    assert analyzer("envelope").fit(runs).params_exponent == pytest.approx(exact, abs=0.02)
+
+
 def test_envelope_of_curves_whose_best_models_are_known():
     # Sizes a factor of 1.5 apart, each with a dense curve: the best N of a budget is C^a to within a step.
     sizes = 1e7 * 1.5 ** np.arange(14)

@@ -72,7 +72,10 @@ def _hull(runs: Runs) -> Runs:
         hull = ConvexHull(np.stack([np.log(runs.flops), np.log(runs.loss)], axis=1))
     except QhullError:
         raise UserError("the envelope needs points that are not all on one line of log C and log L.") from None
-    below = (hull.equations[:, :2] < 0).all(axis=1)  # edges whose outer side looks down and to the left: the falling part
+    left, down = hull.equations[:, :2].T
+    # Edges whose outer side looks down and to the left: the falling part. One that falls faster than 1 / C is no envelope:
+    # it joins models of one budget whose FLOPs differ by the rounding of a step.
+    below = (left < 0) & (down < left)
     best = np.unique(hull.simplices[below])
     return runs[best[np.argsort(runs.flops[best])]]
 
