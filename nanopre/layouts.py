@@ -190,7 +190,7 @@ def step_time(
     # Forward: float32 gathered and products scattered, 6 bytes a number; as many backward. An all-reduce has twice the bytes
     # of either, so that both of them together are the same without sequence_parallel.
     sent = 12 * (1.5 if mode == "full" else 1.0)
-    ring = (t - 1) / t / gpu.group_bandwidth(t) if t > 1 else 0.0
+    per_byte = (t - 1) / t / gpu.group_bandwidth(t) if t > 1 else 0.0  # seconds, around the ring of a tensor group
     computing, tensor = [], []
     for rank in range(p):
         here = [i for stage in range(rank, p * v, p) for i in ranges[stage]]
@@ -200,7 +200,7 @@ def step_time(
             again = 2 * sum(micro.recomputed[i >= c.n_layers] for i in here) / gpu.memory_bandwidth
         computing.append(work / t / gpu.peak_flops / efficiency + again)
         ends = 8 * rows * (D or T) * c.d_model * ((rank == 0) + (rank == p - 1))  # the embedding's sum, the head's gradient
-        tensor.append((sent * sum(summed[i] for i in here) + ends) * ring)
+        tensor.append((sent * sum(summed[i] for i in here) + ends) * per_byte)
     slowest = max(range(p), key=lambda rank: computing[rank] + tensor[rank])
     compute, split = computing[slowest], tensor[slowest]
     stride = d * t  # between a rank and the next one of its pipeline
