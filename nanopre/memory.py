@@ -328,7 +328,7 @@ class Sharding(NamedTuple):
 
     gathered: float = 0.0  # parameters
     accumulated: float = 0.0  # gradients of whole parameters, from micro-batch to micro-batch
-    passing: float = 0.0  # gradients on their way, while blocks run,
+    passing: float = 0.0  # parameters and gradients on their way, while blocks run backward,
     at_end: float = 0.0  # and at the end of the backward pass
 
 
@@ -344,13 +344,16 @@ def fsdp_buffers(layout: Layout, blocks: list[float], ends: Numbers, w: int) -> 
         return Sharding(w * whole, w * whole) if is_pipeline else Sharding(w * whole, at_end=w * whole)
     gathered = 2 if fsdp.param_dtype == "bfloat16" else w
     reduced = 2 if fsdp.reduce_dtype == "bfloat16" else 4
-    if is_pipeline:  # torch's stages sum gradients over the micro-batches before they are scattered, and parameters stay
-        return Sharding(gathered * whole, reduced * whole, at_end=reduced * largest)
-    # A block that runs, the next one, and the message in which that comes; its gradient, and the message in which that goes.
-    blocks_gathered = 3 * largest if fsdp.reshard_after_forward else sum(blocks) + largest
-    # The two ends' gradients go last.
-    passing, at_end = ((gathered + reduced) * n for n in (largest, max(largest, ends.parameters)))
-    return Sharding(gathered * (blocks_gathered + ends.parameters), passing=passing, at_end=at_end)
+    reshards, every = fsdp.reshard_after_forward, sum(blocks)
+    # Parameters: the two ends, and with ZeRO-3 the last message of them; while blocks run one block, and the next one.
+    parameters = ends.parameters + largest + (0.0 if reshards else every)
+    running = 2 * largest if reshards else 0.0
+    if is_pipeline:  # torch's stages sum gradients over micro-batches before they scatter them; in the end all is gathered
+        left = every - largest if reshards else 0.0
+        return Sharding(gathered * parameters, reduced * whole, gathered * running, gathered * left + reduced * largest)
+    # The gradient of a block, and the message in which it goes; those of the two ends go last.
+    passing, at_end = (gathered * running + (gathered + reduced) * n for n in (largest, max(largest, ends.parameters)))
+    return Sharding(gathered * parameters, 0.0, passing, at_end)
 
 
 ITEMS = {
