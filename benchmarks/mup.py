@@ -22,8 +22,6 @@ import torch  # noqa: E402
 from nanopre import config as configs, optim, report  # noqa: E402
 from nanopre.trial import Trial  # noqa: E402
 
-BASE = 64
-
 CONFIG = """
 [model]
 name = "llama"
@@ -57,12 +55,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", default="stdlib", help="a dataset, file or glob (default: stdlib)")
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
+    parser.add_argument("--bases", nargs="+", type=int, default=[64, 256], help="mup_base_width of each comparison")
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128, 256])
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2])
+    parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])
     parser.add_argument("--steps", type=int, default=120)
     a = parser.parse_args()
     losses: dict[str, dict[int, list[float]]] = {}
-    for name, base in (("standard", 0), ("muP", BASE)):
+    for base in (0, *a.bases):
+        name = f"muP from width {base}" if base else "standard"
         for width in a.widths:
             flags = [f"--model.d_model={width}", f"--model.n_heads={width // 32}", f"--model.mup_base_width={base}"]
             flags += [f"--data.corpus={a.corpus}", f"--optimizer.name={a.optimizer}"]
@@ -72,14 +72,11 @@ def main() -> None:
             print(f"{name}, width {width}: best rate {best:g}; " + "  ".join(f"{x:.3f}" for x in row), flush=True)
 
     def draw(figure) -> None:
-        for axes, (name, rows) in zip(figure.subplots(1, 2, sharey=True), losses.items(), strict=True):
+        for axes, (name, rows) in zip(figure.subplots(1, len(losses), sharey=True), losses.items(), strict=True):
             for width, row in rows.items():
                 (line,) = axes.plot(a.rates, row, "o-", ms=4, label=f"width {width}")
                 axes.plot(a.rates[row.index(min(row))], min(row), "*", ms=13, color=line.get_color(), mec="black", mew=0.6)
-            lowest = min(min(row) for row in rows.values())
-            axes.set(
-                xscale="log", xlabel="optimizer.lr", title=f"{name}; stars: the best rates", ylim=(lowest - 0.1, lowest + 1.2)
-            )
+            axes.set(xscale="log", xlabel="optimizer.lr", title=f"{name}; stars: the best")
             axes.legend(frameon=False)
         figure.axes[0].set_ylabel(f"loss after {a.steps} steps")
 

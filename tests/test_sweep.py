@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def test_scaled_models_keep_the_proportions(base):
         assert type(config.model)(**model).settings(384, 48) == settings
 
 
-def test_one_trunk_gives_what_separate_runs_give(base, tmp_path, capsys):
+@pytest.mark.slow
+def test_one_trunk_gives_what_separate_runs_give(base, tmp_path):
     """Bit for bit, though it was interrupted; and what is done is not done again."""
     (tmp_path / "stop.py").write_text(STOP_ONCE)
     base.write_text(f'plugins = ["{tmp_path}/stop.py"]\n{base.read_text()}')
@@ -165,7 +167,9 @@ def test_a_run_that_fails_is_named_with_its_last_line(base, tmp_path):
 
 @pytest.mark.slow
 def test_a_whole_sweep_ends_with_the_laws(base, tmp_path, capsys):
-    command = ["sweep", base, *DESIGN, f"--out={tmp_path}/s", "--run", "--jobs=2"]
-    text = run_plan(capsys, *command)
-    assert "parametric" in text and "isoflop" in text and "9 runs are done" in text
+    flags = ["--budget=4e10", "--budgets=2", "--run", "--jobs=2", "--target=1e11"]
+    text = run_plan(capsys, "sweep", base, *DESIGN, f"--out={tmp_path}/s", *flags)
+    assert "6 runs are done" in text and "best use of 1.000e11 FLOPs" in text
+    for law in ("envelope", "isoflop", "kaplan", "parametric"):
+        assert re.search(f"^{law} ", text, re.MULTILINE)
     assert (tmp_path / "s" / "report.html").stat().st_size > 10_000
