@@ -65,5 +65,6 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale: Tensor, _) -> tuple:
-        gradients = (None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors)
+        # Not in place: a schedule that splits the backward pass runs this twice.
+        gradients = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
         return *gradients, None, None
