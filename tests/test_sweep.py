@@ -81,6 +81,7 @@ def test_scaled_models_keep_the_proportions(base):
         assert type(config.model)(**model).settings(384, 48) == settings
 
 
+@pytest.mark.slow
 def test_one_trunk_gives_what_separate_runs_give(base, tmp_path, capsys):
     """Bit for bit, though it was interrupted; and what is done is not done again."""
     (tmp_path / "stop.py").write_text(STOP_ONCE)
