@@ -190,7 +190,7 @@ def apply(layout: Layout, model: nn.Module, here: Machine, loss: Callable, confi
             compile_blocks(parts)
             compiled = True
         wrapped = strategy.apply(wrapped, layout)
-        if strategy.phase != "data":
+        if PHASES.index(strategy.phase) < PHASES.index("data"):  # what comes then may hide the model's config and names
             parts = wrapped
     if not compiled:
         compile_blocks(parts)
