@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
     run = checkpoint.open_run(a.run)
     device = machine.choose_device(a.device, "--device")
     run.model.to(device)
+    if run.model.config.architecture != "encoder":
+        machine.lighten(run.model, run.config.train)
     try:
         prompt = sys.stdin.read() if a.prompt == "-" else a.prompt
         prompt.encode()

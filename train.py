@@ -319,6 +319,7 @@ def numbers(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
 def print_samples(run_dir: Path, device: torch.device, prompt: str, n_samples: int, seed: int) -> None:
     opened = checkpoint.open_run(run_dir)  # from the disk: a rank may have trained a part of the model only
     model, tokenizer = opened.model.to(device), opened.tokenizer
+    machine.lighten(model, opened.config.train)
     start = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eot]
     with torch.compiler.set_stance("force_eager"):  # a new length at every token: nothing to compile for
         for i in range(n_samples):

@@ -1,28 +1,20 @@
-"""nanopre beside nanoGPT on tinyshakespeare, character by character, on this machine's CPU.
+"""Time to quality beside nanoGPT: both programs as a user runs them, on tinyshakespeare, character by character, on a CPU.
 
     python benchmarks/nanogpt.py --nanogpt PATH --text tinyshakespeare.txt
 
-PATH is a checkout of karpathy/nanoGPT. Measured, and written to benchmarks/results/nanogpt-DATE.json:
-
-- step time: both programs as a user runs them, one after the other in turns (A B A B ...), 200 steps each; the median step
-  of each turn, then the ratio of each pair; the median of the ratios counts. An A/A pair of ours shows the noise.
-- validation loss after the README's 2,000 steps, of both programs' last weights over the whole validation split in the same
-  windows of 64 characters.
-- time to quality: the training time of configs/shakespeare-char-fast.toml, and its validation loss.
+PATH is a checkout of karpathy/nanoGPT. Measured, and written to benchmarks/results/nanogpt-DATE.json: wall time from start to
+exit, and the validation loss of the last weights over the whole validation split in the same windows of 64 characters, of
+nanoGPT's 2,000 steps, of the same set-up of ours, and of our own recipe, configs/shakespeare-char-fast.toml. Step times are
+benchmarks/cpu.py's.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
-import os
 import pickle
-import platform
-import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from turns import about
 
 ROOT = Path(__file__).parents[1]
 # The command of nanoGPT's README for a CPU ("I only have a macbook"), without its weights-only shortcuts.
@@ -44,8 +37,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare's input.txt")
-    parser.add_argument("--pairs", type=int, default=5, help="turns of the step-time comparison (default: 5)")
-    parser.add_argument("--skip-quality", action="store_true", help="step times only")
     a = parser.parse_args()
 
     work = Path(tempfile.mkdtemp(prefix="nanopre-benchmark-"))
@@ -63,44 +54,26 @@ def main() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return work / "runs" / name, time.perf_counter() - began
 
-    def theirs(*options: str) -> tuple[str, float]:
-        """Run nanoGPT's train.py; (what it printed, wall time)."""
+    def theirs(*options: str) -> float:
+        """Run nanoGPT's train.py; wall time in seconds."""
         began = time.perf_counter()
-        command = [sys.executable, *NANOGPT, *options]
-        result = subprocess.run(command, cwd=peer, check=True, capture_output=True, text=True)
-        return result.stdout, time.perf_counter() - began
+        subprocess.run([sys.executable, *NANOGPT, *options], cwd=peer, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - began
 
-    def our_step() -> float:
-        folder, _ = ours("shakespeare-char", "--train.steps=200", "--train.eval_interval=1000")
-        seconds = [line["seconds"] for line in steps(folder)]
-        return statistics.median(b - a for a, b in zip(seconds[20:], seconds[21:], strict=False)) * 1e3
-
-    def their_step() -> float:
-        output, _ = theirs("--max_iters=200", "--eval_interval=1000")
-        return statistics.median([float(ms) for ms in re.findall(r"iter \d+: .*time ([\d.]+)ms", output)][20:])
-
-    our_step()  # tokenises the corpus and warms the disk's cache
-    pairs = []
-    for i in range(a.pairs):
-        pairs.append((their_step(), our_step()))
-        print(f"pair {i + 1}: nanoGPT {pairs[-1][0]:.1f} ms, ours {pairs[-1][1]:.1f} ms, {pairs[-1][0] / pairs[-1][1]:.2f}x")
-    repeat = our_step() / our_step()
-    ratio = statistics.median(theirs / ours for theirs, ours in pairs)
-    result = {
-        "step_ms": {"nanogpt": [p[0] for p in pairs], "ours": [p[1] for p in pairs], "ratio": ratio, "a_a_repeat": repeat}
-    }
-    print(f"step time: nanoGPT / ours = {ratio:.2f} (median of {a.pairs} pairs; ours / ours = {repeat:.2f})")
-
-    if not a.skip_quality:
-        _, seconds = theirs("--max_iters=2000", "--eval_interval=250", "--always_save_checkpoint=True")
-        peer_loss = evaluate_nanogpt(peer, vocabulary)
-        result["nanogpt"] = {"val_loss": peer_loss, "wall_seconds": seconds}
-        print(f"nanoGPT: validation loss {peer_loss:.4f}, {seconds:.0f} s")
-        for config in ("shakespeare-char", "shakespeare-char-fast"):
-            folder, seconds = ours(config)
-            val_loss = [line["val_loss"] for line in lines(folder) if "val_loss" in line][-1]
-            result[config] = {"val_loss": val_loss, "wall_seconds": seconds, "train_seconds": steps(folder)[-1]["seconds"]}
-            print(f"{config}: validation loss {val_loss:.4f}, {seconds:.0f} s")
+    ours("shakespeare-char", "--train.steps=1", "--train.eval_tokens=64")  # tokenises the corpus and warms the disk's cache
+    result = {}
+    seconds = theirs("--max_iters=2000", "--eval_interval=250", "--always_save_checkpoint=True")
+    peer_loss = evaluate_nanogpt(peer, vocabulary)
+    result["nanogpt"] = {"val_loss": peer_loss, "wall_seconds": seconds}
+    print(f"nanoGPT: validation loss {peer_loss:.4f}, {seconds:.0f} s")
+    for config in ("shakespeare-char", "shakespeare-char-fast"):
+        folder, seconds = ours(config)
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        val_loss = [line["val_loss"] for line in lines if "val_loss" in line][-1]
+        train_seconds = [line["seconds"] for line in lines if "seconds" in line][-1]
+        result[config] = {"val_loss": val_loss, "wall_seconds": seconds, "train_seconds": train_seconds}
+        share = seconds / result["nanogpt"]["wall_seconds"]
+        print(f"{config}: validation loss {val_loss:.4f}, {seconds:.0f} s, {share:.2f} of nanoGPT's")
     write(result)
     shutil.rmtree(work)
 
@@ -137,24 +110,8 @@ def evaluate_nanogpt(peer: Path, vocabulary: list[str]) -> float:
     return total / (len(tokens) - 1)
 
 
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def steps(folder: Path) -> list[dict]:
-    return [line for line in lines(folder) if "seconds" in line]
-
-
 def write(result: dict) -> None:
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else None
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu.group(1) if cpu else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        **result,
-    }
+    result = {**about(torch.get_num_threads()), **result}
     path = ROOT / "benchmarks" / "results" / f"nanogpt-{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {path.relative_to(ROOT)}")

@@ -246,11 +246,16 @@ def initialise(model: nn.Module, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
+def padded_vocabulary(n_vocab: int) -> int:
+    """Rows of the embedding for so many tokens: a multiple of 64, which matrix units like. No target ever names those that
+    this adds."""
+    return -(-n_vocab // 64) * 64
+
+
 def build_model(config: Config, tokenizer) -> nn.Module:
-    """The configured model, as the objective needs it, with its first weights, on the CPU. The vocabulary is padded to a
-    multiple of 64, which matrix units like; no target ever names the rows that this adds. Raises UserError where the
+    """The configured model, as the objective needs it, with its first weights, on the CPU. Raises UserError where the
     objective is not for this architecture."""
-    model = config.model.build(vocab_size=-(-tokenizer.n_vocab // 64) * 64, seq_len=config.train.seq_len)
+    model = config.model.build(padded_vocabulary(tokenizer.n_vocab), config.train.seq_len)
     fitting = getattr(config.objective, "architectures", None)
     if fitting and model.config.architecture not in fitting:
         raise UserError(

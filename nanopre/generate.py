@@ -88,11 +88,12 @@ def generate(
         if use_cache and cache is None:
             cache = KeyValueCache(model.config, parameter.dtype, device)
         tokens = torch.tensor([unseen if use_cache else context], device=device)
-        if encoder_tokens is None:
-            logits = model(tokens, cache=cache, visible=visible)
-        else:  # the cache keeps what the decoder needs of the encoder
-            again = cache is None or cache.length == 0
-            logits = model(encoder_tokens if again else None, decoder_tokens=tokens, cache=cache)
+        with torch.autocast(device.type, torch.bfloat16, enabled=parameter.dtype == torch.bfloat16):
+            if encoder_tokens is None:
+                logits = model(tokens, cache=cache, visible=visible)
+            else:  # the cache keeps what the decoder needs of the encoder
+                again = cache is None or cache.length == 0
+                logits = model(encoder_tokens if again else None, decoder_tokens=tokens, cache=cache)
         token = choose(logits[0, -1, :n_vocab].float(), temperature, top_k, top_p, generator)
         if token == stop:
             return
@@ -105,14 +106,14 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     """Draw a token from logits (V,): the k likeliest, then the nucleus of top_p (Holtzman et al., 2020, section 3.1)."""
     if temperature == 0:
         return int(logits.argmax())
-    order = logits.sort(descending=True)
-    p = (order.values / temperature).softmax(dim=-1)
-    if top_k:
-        p[top_k:] = 0
+    k = min(top_k, len(logits)) or len(logits)
+    if k == len(logits) and top_p == 1:
+        return int(torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator))
+    best = logits.topk(k)  # in descending order; a sort of all is a tenth of the time of a token of GPT-2
+    p = (best.values / temperature).softmax(dim=-1)
     # The likeliest tokens until top_p is reached: those before which less than top_p of what top_k left is held.
-    p = p / p.sum()
     p[p.cumsum(dim=-1) - p >= top_p] = 0
-    return int(order.indices[torch.multinomial(p, 1, generator=generator)])
+    return int(best.indices[torch.multinomial(p, 1, generator=generator)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from nanopre import UserError
 from nanopre.config import Train
@@ -36,8 +37,7 @@ def choose(config: Train) -> Machine:
     if device.type == "cpu":
         keep_freed_memory()
     fast = has_fast_bfloat16(device)
-    bfloat16 = fast if config.precision == "auto" else config.precision == "bfloat16"
-    bfloat16 = bfloat16 or config.weights == "bfloat16"
+    bfloat16 = wants_bfloat16(config, device) or config.weights == "bfloat16"
     # On a CPU compiling takes 5 to 70 s and gives 1.0 to 1.2 times the speed (benchmarks/README.md): a choice there.
     compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -48,6 +48,19 @@ def choose(config: Train) -> Machine:
         "compiled" if compiled else "not compiled",
     ]
     return Machine(device, torch.bfloat16 if bfloat16 else torch.float32, compiled, "; ".join(reasons))
+
+
+def wants_bfloat16(config: Train, device: torch.device) -> bool:
+    """Whether products run in bfloat16, by the config or, where it leaves that open, by the device."""
+    return has_fast_bfloat16(device) if config.precision == "auto" else config.precision == "bfloat16"
+
+
+def lighten(model: nn.Module, config: Train) -> None:
+    """Before decoding: bfloat16 weights where the run's products had that precision. Every token reads all weights, and half
+    as many bytes take little more than half of the time. Buffers stay: rotary positions need their precision."""
+    for p in model.parameters():
+        if wants_bfloat16(config, p.device):
+            p.data = p.data.bfloat16()
 
 
 def choose_device(name: str, key: str = "train.device") -> torch.device:
@@ -73,11 +86,12 @@ def choose_device(name: str, key: str = "train.device") -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step. Left alone it gives large blocks back to the system at once,
-    and every step pays for fresh pages: 1.2 to 1.4 times the step time of a small model (benchmarks/README.md)."""
+    """Let glibc keep what a step frees for the next step. Left alone it gives large blocks back to the system, and every step
+    pays for fresh pages: 1.2 to 1.4 times the step time of a small model. Blocks of more than 32 MiB, whose threshold can't
+    be raised, must not be mapped at all for that: they were 14% of a step of GPT-2 124M (benchmarks/README.md)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        libc.mallopt(m_mmap_threshold, 2**25)  # the most that it takes
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from itertools import combinations
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +20,7 @@ import train
 from nanopre import UserError, checkpoint, config as configs, distributed, hf, optim, parallel
 from nanopre.distributed import World
 from nanopre.plugins import load_plugins
+from nanopre.timetable import share_out
 
 PLUGINS = load_plugins()
 
@@ -154,11 +156,8 @@ def test_clipping_scales_the_whole_gradient_and_reports_its_norm():
 
 @given(costs=st.lists(st.integers(1, 9), min_size=1, max_size=9), head=st.integers(0, 30), n=st.integers(1, 9))
 def test_no_other_cut_into_stages_has_a_cheaper_costliest_stage(costs, head, n):
-    from itertools import combinations
-
     if n > len(costs):
         return
-    share_out = vars(__import__("sys").modules[PLUGINS.get("parallel", "pipeline", "test").__module__])["share_out"]
 
     def costliest(cuts) -> int:
         edges = (0, *cuts, len(costs))

@@ -73,7 +73,7 @@ def test_the_text_is_rebuilt_exactly(seq_len, density, mean, n, seed, first):
             objective.batch(split, np.array([first]), seq_len, seed)
         return
     batch = objective.batch(split, np.array([first, first]), seq_len, seed)
-    assert batch["tokens"].shape[1] <= seq_len and (batch["visible"] == batch["tokens"].shape[1]).all()
+    assert batch["tokens"].shape[1] <= seq_len
     inputs, decoder = batch["tokens"][0], batch["decoder_tokens"][0]
     targets = np.append(decoder[1:], UniqueTokens.eot)  # the decoder's input is the targets, one place later
     assert decoder[0] == UniqueTokens.pad
@@ -188,7 +188,7 @@ def test_the_loss_is_that_of_full_logits_and_text_is_told_apart():
     arrays["targets"][0, :5] = IGNORE
     batch = {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
     parts, counts = model(**batch, loss=objective.loss), objective.counts(arrays, None)
-    logits = model(batch["tokens"], decoder_tokens=batch["decoder_tokens"], visible=batch["visible"])
+    logits = model(batch["tokens"], decoder_tokens=batch["decoder_tokens"])
     each = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none", ignore_index=IGNORE)
     is_text = batch["targets"].flatten() >= 1000
     assert counts == {"loss": int((batch["targets"] != IGNORE).sum()), "text": int(is_text.sum())}

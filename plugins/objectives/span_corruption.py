@@ -33,10 +33,10 @@ class SpanCorruption:
         return -(-split.n_tokens // raw_length(seq_len, self.noise_density, self.mean_span_length))
 
     def batch(self, split: Split, rows: np.ndarray, seq_len: int, seed: int | None) -> dict[str, np.ndarray]:
-        """{"tokens" (R, S), "visible" (R,), "decoder_tokens", "targets" (R, T), "text_at" (R, noise), "marks_at"
-        (R, spans + 1)}, S = seq_len. Input: the text with a sentinel for each span, then the end of text; targets: each
-        sentinel with what it hid, then the end of text. "text_at" and "marks_at" are the targets that are text, and those
-        that are not.
+        """{"tokens" (R, S), "decoder_tokens", "targets" (R, T), "text_at" (R, noise), "marks_at" (R, spans + 1)}, S at most
+        seq_len, and no "visible": every row is full. Input: the text with a sentinel for each span, then the end of text;
+        targets: each sentinel with what it hid, then the end of text. "text_at" and "marks_at" are the targets that are text,
+        and those that are not.
 
         A row is made from raw_length tokens, without regard to documents, by nanopre.spans.corrupt. As in T5's own packing,
         the end of a document inside it is text like any other, and may be hidden: only so is every row of one width.
@@ -59,7 +59,6 @@ class SpanCorruption:
             targets = np.where(starts[:, None] + source >= split.n_tokens, IGNORE, targets)
         return {
             "tokens": tokens,
-            "visible": np.full(len(rows), tokens.shape[1]),
             "decoder_tokens": decoder_tokens,
             "targets": targets,
             "text_at": text_at,
