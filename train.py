@@ -84,15 +84,14 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{run_dir}: an imported model has no training to go on with; sample.py can use it.")
         config_file, inherit = run_dir / "config.toml", None
     config, plugins = configs.load(config_file, overrides, inherit)
-    if arguments.list_plugins:
-        print(plugins.describe())
-    elif arguments.print_config:
-        print(configs.to_toml(config), end="")
-    else:
-        changed = changes(info["config"], config, run_dir) if resume_from else ""
-        if changed and distributed.place()[0] == 0:
-            print(changed)
-        train(config, plugins, run_dir, resume_from)
+    is_first = distributed.place()[0] == 0
+    if arguments.list_plugins or arguments.print_config:
+        if is_first:
+            print(plugins.describe() if arguments.list_plugins else configs.to_toml(config).rstrip())
+        return
+    if resume_from and (changed := changes(info["config"], config, run_dir)) and is_first:
+        print(changed)
+    train(config, plugins, run_dir, resume_from)
 
 
 def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_from: Path | None = None) -> None:

@@ -332,11 +332,9 @@ def test_ranks_whose_torchrun_is_killed_save_and_end(folder):
     process = launch(config_file(folder, train={"steps": 100000}))
     log = folder / "runs" / "run" / "log.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size, process)
-    ranks = workers_of(process)
     process.kill()
-    output, _ = process.communicate(timeout=TIMEOUT)  # the ranks' output, too, so that it ends with them
+    output, _ = process.communicate(timeout=TIMEOUT)  # the ranks write to the same pipe, which ends with the last of them
     assert output.count("go on with: python train.py --resume") == 1
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     (saved,) = checkpoint.find(folder / "runs" / "run")
     assert checkpoint.verify(saved)["step"] == read_log(folder / "runs" / "run")[0][-1]["step"]
 
