@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -91,7 +90,7 @@ def main(argv: list[str]) -> None:
         print(configs.to_toml(config), end="")
     else:
         changed = changes(info["config"], config, run_dir) if resume_from else ""
-        if changed and os.environ.get("RANK", "0") == "0":
+        if changed and distributed.place()[0] == 0:
             print(changed)
         train(config, plugins, run_dir, resume_from)
 
@@ -389,8 +388,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # of errors before the ranks have met; later ones are said in start()
-            print(f"train.py: {error}", file=sys.stderr)
+        distributed.say_once(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

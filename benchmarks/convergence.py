@@ -54,7 +54,40 @@ def baselines(train: str, val: str, cache: str) -> dict[str, float]:
     smoothed = [
         -np.log((pairs[a, b] + weight * unigram[b]) / (pairs.sum(axis=1)[a] + weight)).mean() for weight in (1, 10, 100, 1000)
     ]
-    return {"unigram": float(-np.log(unigram[held_out]).mean()), "bigram": float(min(smoothed))}
+    return {
+        "unigram": float(-np.log(unigram[held_out]).mean()),
+        "bigram": float(min(smoothed)),
+        "nsp_by_counts": nsp_by_counts(overrides, unigram),
+    }
+
+
+def nsp_by_counts(overrides: list[str], unigram: np.ndarray) -> float:
+    """NSP accuracy on validation pairs by the tokens that A and B share: B continues A if its tokens' mean log-likelihood
+    under A's counts, smoothed by the unigram, is above the unigram's by enough. Smoothing and threshold are those that suit
+    the training pairs best."""
+    overrides = [*overrides, "--objective.mask_fraction=0", "--objective.short_fraction=0"]
+    config, registry = configs.load(ROOT / "configs" / "mlm-books.toml", overrides)
+    corpus, objective, seq_len = corpora.prepare(config, registry), config.objective, config.train.seq_len
+
+    def pairs(split) -> tuple[np.ndarray, np.ndarray]:
+        """(gain of each of the first 4,000 pairs for each weight, is_random)"""
+        rows = np.arange(min(4000, objective.rows_per_epoch(split, seq_len)))
+        batch = objective.batch(split, rows, seq_len, config.seed)
+        gains = []
+        for tokens, n, in_b in zip(batch["tokens"], batch["visible"], batch["segments"], strict=True):
+            in_b = in_b[: n - 1].astype(bool)
+            counts, b = np.bincount(tokens[: n - 1][~in_b], minlength=len(unigram)), tokens[: n - 1][in_b]
+            p = [(counts[b] + weight * unigram[b]) / (counts.sum() + weight) for weight in (300, 1000, 3000, 10_000)]
+            gains.append(np.log(p / unigram[b]).mean(axis=1) if len(b) else np.zeros(4))
+        scored = batch["is_random"] >= 0
+        return np.array(gains)[scored], batch["is_random"][scored]
+
+    gains, is_random = pairs(corpus.train)
+    thresholds = np.quantile(gains, np.linspace(0, 1, 101), axis=0)  # (101, weights)
+    accuracy = ((gains < thresholds[:, None]) == is_random[:, None]).mean(axis=1)
+    i, j = np.unravel_index(accuracy.argmax(), accuracy.shape)
+    gains, is_random = pairs(corpus.val)
+    return float(((gains[:, j] < thresholds[i, j]) == is_random).mean())
 
 
 def train(config: str, overrides: list[str], seed: int) -> dict[str, float]:
@@ -82,7 +115,7 @@ def main() -> None:
     data = [f"--data.corpus={a.train}", f"--data.val_corpus={a.val}", f"--data.cache_dir={a.cache}"]
     data += [f'--plugins=["{ROOT / "benchmarks" / "controls.py"}"]']
     base = baselines(a.train, a.val, a.cache)
-    print(f"unigram {base['unigram']:.3f}, bigram {base['bigram']:.3f} nats a token")
+    print(f"unigram {base['unigram']:.3f}, bigram {base['bigram']:.3f} nats a token; NSP by counts {base['nsp_by_counts']:.3f}")
     file = ROOT / "benchmarks" / "results" / f"convergence-{datetime.date.today()}.json"
     runs: dict[str, list[dict]] = {}
     for name, config, overrides, metric, bar, margin in (row for row in ROWS if a.only in row[0]):

@@ -226,7 +226,10 @@ def point(run_dir: Path, name: str, checkpoint: Path) -> None:
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those that `latest` and `best` name."""
+    """Remove all but the newest `keep_last` checkpoints and those that `latest` and `best` name, and what was left of saves
+    that were interrupted. Not called while a checkpoint is being written."""
+    for unfinished in (Path(run_dir) / "checkpoints").glob("step_*.tmp"):
+        shutil.rmtree(unfinished)
     keep = {pointed(run_dir, name) for name in ("latest", "best")}
     for checkpoint in find(run_dir)[:-keep_last]:
         if checkpoint not in keep:

@@ -161,8 +161,13 @@ def load(path: str | Path, overrides: Sequence[str] = (), inherit: Inherit | Non
     (nanopre.checkpoint.read_config). A run's own config.toml is whole without: there `init_from` is only a note.
     Raises UserError: one sentence with the file or flag, the key, and what would be right.
     """
+    return _Builder(str(path), [parse_override(text) for text in overrides]).build(read_toml(path), inherit)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The table in a TOML file. Raises UserError where there is none."""
     try:
-        table = tomli.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return tomli.loads(Path(path).read_text(encoding="utf-8-sig"))
     except tomli.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     except UnicodeDecodeError:
@@ -171,7 +176,13 @@ def load(path: str | Path, overrides: Sequence[str] = (), inherit: Inherit | Non
         beside = sorted(str(file) for file in Path(path).parent.glob("*.toml"))
         hint = nearest(str(path), beside) if beside else "give the path of a TOML file."
         raise UserError(f"{path}: can't be read ({error.strerror}); {hint}") from None
-    return _Builder(str(path), [parse_override(text) for text in overrides]).build(table, inherit)
+
+
+def section(cls: type, table: Any, where: str, key: str) -> Any:
+    """An instance of a dataclass from a table, each value checked against its type. Messages name `where` and
+    `key`."""
+    builder = _Builder(where, [])
+    return builder.section(cls, builder._table(table, key), key)
 
 
 def from_dict(table: dict[str, Any], where: str) -> tuple[Config, Registry]:

@@ -5,31 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nanopre import accelerators
 from nanopre.model import GATED, ModelConfig
-
-# Dense bfloat16 products, FLOP/s, from the makers' data sheets (NVIDIA: A100 2020, H100/H200 2023, L4/L40S 2023, B200 2024).
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-}
 
 
 def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
     """The device's peak of bfloat16 products in FLOP/s, None where it is not known (CPUs) or not what runs (float32)."""
     if device.type != "cuda" or precision != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    matches = [known for known in PEAK_FLOPS if known in name]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+    known = accelerators.of_device(torch.cuda.get_device_name(device))
+    return known.peak_flops if known else None
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:

@@ -94,10 +94,6 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def claims(self, message: str) -> bool:
-        """True on the first rank that asks, which is the one to print the message: with many ranks it is said once."""
-        return self.store.add("said/" + hashlib.sha256(message.encode()).hexdigest(), 1) == 1
-
 
 def difference(a: object, b: object, name: str = "") -> str:
     """The first thing in which two tables differ, in words."""
@@ -107,6 +103,23 @@ def difference(a: object, b: object, name: str = "") -> str:
     return f"{name} is {a!r} instead of {b!r}"
 
 
+def place() -> tuple[int, int, int]:
+    """(RANK, LOCAL_RANK, WORLD_SIZE) of this process, as torchrun has set them; (0, 0, 1) without it. Raises UserError where
+    they are set in part, or to what can't be."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 0, 1
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ.get(name, "") for name in names}
+    rank, local_rank, size = (int(n) if (n := found[name]).isdecimal() else -1 for name in names[:3])
+    if not (0 <= rank < size and 0 <= local_rank < size and found["MASTER_ADDR"] and found["MASTER_PORT"].isdecimal()):
+        told = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise UserError(
+            f"{told} in the environment: torchrun --nproc-per-node=N train.py ... sets all of these; for a single process "
+            "unset WORLD_SIZE."
+        )
+    return rank, local_rank, size
+
+
 @contextmanager
 def start(device: torch.device, timeout: float = 600):
     """The World, with a process group where torchrun started several processes; the group ends with the block.
@@ -114,32 +127,52 @@ def start(device: torch.device, timeout: float = 600):
     timeout: seconds that a rank waits for another, which is all that notices a rank that hangs. A UserError is said once, and
     so is the loss of ranks; both end the process with status 2.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    rank, local_rank, size = place()
+    if size == 1:
         yield World(rank=0, local_rank=0, size=1, device=device)
         return
-    job, rank, size = next(dist.rendezvous("env://"))
-    # After torchrun restarts its workers the shared store still holds the last attempt's addresses: a prefix a try.
-    store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", job)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-    world = World(rank, int(os.environ["LOCAL_RANK"]), size, device, store, job)
+    try:
+        job, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        # After torchrun restarts its workers the shared store still holds the last attempt's addresses: a prefix a try.
+        store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", job)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"rank {rank}: the {size} ranks did not meet at {address} within {timeout:g} s (train.timeout): "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    world = World(rank, local_rank, size, device, store, job)
     try:
         yield world
         dist.barrier()  # rank 0 may hold the store: it stays until the others are done with it
     except UserError as error:
-        if world.claims(str(error)):
-            print(error, file=sys.stderr)
+        say_once(str(error), job)
         raise SystemExit(2) from None
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST_PEER):
             raise
         missing = missing_ranks(world)
         ranks = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
-        if missing and world.claims("missing"):
-            print(f"{ranks} ended, or did not answer for {timeout:g} s (train.timeout): the run stops.", file=sys.stderr)
+        if missing:
+            sentence = f"{ranks} ended, or did not answer for {timeout:g} s (train.timeout): the run stops."
+            say_once(sentence, store, "missing ranks")  # of which a late rank may count fewer
         os._exit(2)  # the group can't be ended in order
     finally:
         dist.destroy_process_group()
+
+
+def say_once(message: str, store: dist.Store | None = None, what: str = "") -> None:
+    """Print an error: of the ranks that come upon it the first one alone.
+
+    store: which they share; left out, before they have met, it is torchrun's, and without torchrun each rank prints.
+    what: counts as the same; left out: the message.
+    """
+    if store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(dist.rendezvous("env://"))
+    if store is None or store.add("said/" + hashlib.sha256((what or message).encode()).hexdigest(), 1) == 1:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
 
 
 LOST_PEER = ("imed out", "closed by peer", "reset by peer", "Broken pipe", "Socket closed", "timeout")
@@ -158,15 +191,21 @@ def missing_ranks(world: World) -> list[int]:
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM ask for an end after the running step; a second one ends the process at once."""
+    """Ctrl-C and SIGTERM ask for an end after the running step; a second one ends the process at once. The end of torchrun
+    asks, too: its ranks would go on where nobody sees them."""
 
     def __enter__(self) -> StopSignal:
-        self.asked = False
+        self.signalled = False
+        self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
+    @property
+    def asked(self) -> bool:
+        return self.signalled or self.torchrun not in (None, os.getppid())
+
     def _ask(self, number, frame) -> None:
-        self.asked = True
+        self.signalled = True
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
@@ -207,11 +246,16 @@ def initialise(model: nn.Module, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
+def padded_vocabulary(n_vocab: int) -> int:
+    """Rows of the embedding for so many tokens: a multiple of 64, which matrix units like. No target ever names those that
+    this adds."""
+    return -(-n_vocab // 64) * 64
+
+
 def build_model(config: Config, tokenizer) -> nn.Module:
-    """The configured model, as the objective needs it, with its first weights, on the CPU. The vocabulary is padded to a
-    multiple of 64, which matrix units like; no target ever names the rows that this adds. Raises UserError where the
+    """The configured model, as the objective needs it, with its first weights, on the CPU. Raises UserError where the
     objective is not for this architecture."""
-    model = config.model.build(vocab_size=-(-tokenizer.n_vocab // 64) * 64, seq_len=config.train.seq_len)
+    model = config.model.build(padded_vocabulary(tokenizer.n_vocab), config.train.seq_len)
     fitting = getattr(config.objective, "architectures", None)
     if fitting and model.config.architecture not in fitting:
         raise UserError(

@@ -20,7 +20,7 @@ import pickle
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import safetensors
@@ -223,6 +223,20 @@ def to_hf(family: Family, state: Mapping[str, Tensor], config: ModelConfig, wher
     return tensors
 
 
+def without_mup(state: Mapping[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
+    """The state dict and settings of a model without muP that computes the same: the scale of the logits goes into the last
+    norm, since the output projection may be the embedding, and that of the scores into the queries."""
+    state, plain = dict(state), replace(config, mup_base_width=0)
+    if config.mup_base_width:
+        factors = {
+            r"head\.norm\.": config.logit_scale / plain.logit_scale,
+            r"blocks\.\d+\.attn\.q\.": config.attention_scale * config.head_dim**0.5,
+        }
+        for pattern, factor in factors.items():
+            state |= {name: tensor * factor for name, tensor in state.items() if re.match(pattern, name)}
+    return state, plain
+
+
 def fill(model: Transformer, state: Mapping[str, Tensor], optional: str, where: str) -> list[str]:
     """Load the state dict into a model that has its first weights. Weights that match the pattern `optional` may be
     missing on either side; returns what there is to say about them.
@@ -301,12 +315,13 @@ def export_model(run: str | Path, folder: str | Path) -> None:
     """
     folder = Path(folder)
     opened = checkpoint.open_run(run)
-    config, tokenizer = opened.model.config, opened.tokenizer
+    tokenizer = opened.tokenizer
+    state, config = without_mup(opened.model.state_dict(), opened.model.config)
     family = family_for(config, str(run))
     if family is BERT:
         head = opened.model.head
         family = BERT_BY_HEAD.get((*head.outputs, *(["pooler"] if head.pooler else [])), BERT_WITHOUT_PAIRS)
-    tensors = to_hf(family, opened.model.state_dict(), config, str(run))
+    tensors = to_hf(family, state, config, str(run))
     if folder.exists():
         raise UserError(f"{folder}: is there already; choose a new folder.")
     folder.mkdir(parents=True)

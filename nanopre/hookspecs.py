@@ -42,9 +42,11 @@ METHODS = {
 """What a class of each kind must be able to do."""
 
 OPTIONAL_METHODS = {
+    "optimizer": ("state_bytes",),
     "objective": ("adapt", "columns", "prepare", "evaluate", "sample"),
     "dataset": ("records",),
     "parallel": ("check", "engine"),
+    "analyzer": ("refit", "notes", "draw"),
 }
 """What a class of a kind may be able to do besides."""
 
@@ -118,8 +120,11 @@ def nanopre_optimizers(register: Register) -> None:
     build(model) -> list of torch.optim.Optimizer that share out the model's parameters. The schedule multiplies the
         learning rates that they start with.
 
-    And where it needs it:
+    And where it needs them:
+    mup: True if it follows `model.config.width_ratio` (nanopre.model.ModelConfig); one that does not is refused muP.
     weights: ("float32", "bfloat16") if it can train both, and keeps the small updates of bfloat16 weights (train.weights).
+    state_bytes(kind, n) -> bytes that it keeps for a parameter of n numbers, for plan.py: kind is "matrix" of a block, "end"
+        (embeddings and output projection) or "vector". Without it AdamW's 8 n are assumed.
     """
 
 
@@ -160,9 +165,17 @@ def nanopre_loggers(register: Register) -> None:
 
 @hookspec
 def nanopre_analyzers(register: Register) -> None:
-    """Offer analyzers of scaling runs.
+    """Offer analyzers of scaling runs (plan.py fit --analyzer ...).
 
-    fit(runs) -> a law that predicts the loss and allocates a budget.
+    law: the dataclass that `fit` returns, a nanopre.laws.Law: its fields are the estimates, all of them numbers.
+    definition: which parameters count, how FLOPs are counted, what is minimised; in one line. May be a property.
+    fit(runs) -> law, of a nanopre.runs.Runs. Raises UserError where the runs don't suffice. Depends on the runs alone.
+
+    And where it needs them:
+    refit(runs, law) -> law, from the estimates of an earlier law of nearly the same runs: what a bootstrap calls, if faster.
+    notes(runs, law) -> list of sentences: what is worth telling besides the estimates, warnings among them.
+    draw(figure, runs, fit): the points that the law was fitted on, and the law, on an empty matplotlib figure; `fit` is a
+        nanopre.scaling.Fit. Pieces to draw with are in nanopre.report.
     """
 
 

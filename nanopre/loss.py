@@ -15,7 +15,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     `count_correct`, of how many targets are the likeliest token.
 
     Each chunk's gradient is made while its logits are at hand, so that neither the (N, V) logits nor their gradient is
-    ever held whole, and nothing is computed twice. The backward pass scales these gradients in place: it runs once.
+    ever held whole, and nothing is computed twice.
     """
 
     LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32; large enough that the products run at full speed
@@ -32,7 +32,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         with_gradient = any(ctx.needs_input_grad)
         w = weight.to(dtype)
         h_gradient = torch.empty_like(h) if with_gradient else None
-        w_gradient = None
+        w_gradient = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         b_gradient = torch.zeros_like(bias, dtype=torch.float32) if with_gradient and bias is not None else None
         total, correct = (torch.zeros((), device=h.device) for _ in range(2))  # no views, which FSDP would warn of
         rows = max(1, LinearCrossEntropy.LOGITS_PER_CHUNK // weight.shape[0])
@@ -48,16 +48,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             if count_correct:
                 correct += ((log_p.gather(1, index).squeeze(1) >= log_p.amax(dim=1)) & has_target).sum()
             if with_gradient:
-                gradient = log_p.exp_()  # d total / d logits = softmax - one_hot(target)
+                gradient = log_p.exp_()  # d total / d logits = softmax - one_hot(target), 0 without a target
                 gradient.scatter_add_(1, index, -torch.ones_like(gradient[:, :1]))
-                # A position without a target has no part in it: left out of the products' narrow sides, of width C.
-                counts = has_target.unsqueeze(1)
+                gradient = gradient.mul_(has_target.unsqueeze(1))
                 if b_gradient is not None:
-                    b_gradient += has_target.float() @ gradient
+                    b_gradient += gradient.sum(dim=0)
                 gradient = gradient.to(dtype)
-                torch.mul(gradient @ w, counts, out=g_part)
-                product = gradient.T @ (x * counts)
-                w_gradient = product.float() if w_gradient is None else w_gradient.add_(product)
+                g_part.copy_(gradient @ w)
+                w_gradient += gradient.T @ x
         ctx.mark_non_differentiable(correct)
         if with_gradient:
             ctx.save_for_backward(h_gradient, w_gradient, b_gradient)
@@ -65,5 +63,5 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale: Tensor, _) -> tuple:
-        gradients = (None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors)
+        gradients = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
         return *gradients, None, None

@@ -61,6 +61,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of each head's queries and keys (Henry et al., 2020)
     rope_theta: float = 10_000.0
     dropout: float = 0.0
+    mup_base_width: int = 0  # d_model at which the learning rate was found, which muP carries over; 0: no muP
 
     def __post_init__(self):
         for name in ("vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"):
@@ -75,10 +76,31 @@ class ModelConfig:
             raise ValueError(f"n_kv_heads = {self.n_kv_heads} does not divide n_heads = {self.n_heads}")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"d_model / n_heads = {self.head_dim} must be even for rotary positions")
+        if self.mup_base_width < 0:
+            raise ValueError(f"mup_base_width = {self.mup_base_width} must be at least 0")
 
     @property
     def head_dim(self) -> int:
         return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def width_ratio(self) -> float:
+        """How many times wider than its base a model in the maximal-update parametrisation is (muP; Yang et al., 2022, table
+        8); 1 without. The blocks' matrices start with 1 / sqrt(ratio) of the standard deviation and learn with a smaller rate
+        (nanopre.optim), logits are divided by it. Embeddings and vectors stay as they are; of depth it says nothing."""
+        return self.d_model / self.mup_base_width if self.mup_base_width else 1.0
+
+    @property
+    def attention_scale(self) -> float | None:
+        """What products of queries and keys are multiplied by; None: 1 / sqrt(D). With muP by 1 / D (Yang et al., 2022,
+        definition 4.1), and so that heads of the usual 64 have what they would have without."""
+        if not self.scale_attention:
+            return 1.0
+        return 64**0.5 / self.head_dim if self.mup_base_width else None
+
+    @property
+    def logit_scale(self) -> float:
+        return (self.d_model**-0.5 if self.scale_logits else 1.0) / self.width_ratio
 
 
 class RMSNorm(nn.RMSNorm):
@@ -240,7 +262,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, kind: Literal["causal", "bidirectional", "cross"]):
         super().__init__()
         self.kind, self.head_dim, self.dropout = kind, config.head_dim, config.dropout
-        self.scale = None if config.scale_attention else 1.0
+        self.scale = config.attention_scale
         width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q = nn.Linear(config.d_model, width, bias=config.bias)
         self.k = nn.Linear(config.d_model, kv_width, bias=config.bias)
@@ -401,7 +423,7 @@ class Head(nn.Module):
         self.dense_norm = make_norm(config) if config.transform else None
         self.proj = nn.Linear(config.d_model, config.vocab_size, bias=config.transform)
         self.d_model = config.d_model
-        self.scale = config.d_model**-0.5 if config.scale_logits else 1.0
+        self.scale = config.logit_scale
         self.outputs = nn.ModuleDict()
         self.pooler = None
         self.linear_cross_entropy = LinearCrossEntropy.apply  # a strategy that splits the vocabulary puts its own here
@@ -501,17 +523,21 @@ class Transformer(nn.Module):
 
         GPT-2's rule (Radford et al., 2019, section 2.3): 0.02, and less for the matrices that write to the residual
         stream, so that its variance does not grow with the depth. After T5's (Raffel et al., 2020): an embedding whose
-        logits are scaled has 1, and unscaled attention smaller queries.
+        logits are scaled has 1, and unscaled attention smaller queries. With muP a wider model's blocks
+        have smaller matrices.
         """
         config = self.config
+        std = 0.02
         if name.endswith(".bias") or "norm." in name:
             return None
         if name == "embed.tokens.weight" and config.scale_logits:
             return 1.0
         if name.startswith("relative."):
             return config.d_model**-0.5
+        if name.startswith("blocks."):
+            std *= config.width_ratio**-0.5
         if name.endswith(".q.weight") and not config.scale_attention:
-            return 0.02 * config.head_dim**-0.5
+            return std * config.head_dim**-0.5
         if name.endswith((".out.weight", ".down.weight")) and not config.post_norm:
-            return 0.02 / math.sqrt(max(2 * config.n_layers, 3 * config.n_decoder_layers))
-        return 0.02
+            return std / math.sqrt(max(2 * config.n_layers, 3 * config.n_decoder_layers))
+        return std

@@ -26,6 +26,22 @@ def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list
     return matrices, ends, vectors
 
 
+def adamw_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+    """Parameter groups of an AdamW: decay on matrices and embeddings, none on vectors; and with muP a rate for the blocks'
+    matrices that falls with their width (Yang et al., 2022, table 8, Adam), while what decay takes off in a step, lr times
+    weight_decay, stays."""
+    matrices, ends, vectors = split_parameters(model)
+    ratio = model.config.width_ratio
+    groups = [
+        {"params": matrices + ends, "lr": lr, "weight_decay": weight_decay},
+        {"params": vectors, "lr": lr, "weight_decay": 0.0},
+    ]
+    if ratio != 1:
+        groups[0]["params"] = ends
+        groups.append({"params": matrices, "lr": lr / ratio, "weight_decay": weight_decay * ratio})
+    return [group for group in groups if group["params"]]
+
+
 def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
     """What the peak learning rate is multiplied by in step 0 .. steps-1: a linear warm-up, then the schedule's shape,
     which ends at `min_lr_ratio`. "wsd" (warmup-stable-decay; Hu et al., 2024, section 4) stays at the peak until the
@@ -49,13 +65,17 @@ def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
 
 def build(plugin: Any, model: nn.Module) -> list[torch.optim.Optimizer]:
     """The optimizers of the configured plugin. Raises UserError where its build gives anything else, or where it is not
-    made for bfloat16 weights."""
+    made for bfloat16 weights or muP."""
     optimizers = plugin.build(model)
     is_list = isinstance(optimizers, (list, tuple)) and optimizers
     if not (is_list and all(isinstance(optimizer, torch.optim.Optimizer) for optimizer in optimizers)):
         given = " ".join(repr(optimizers).split())[:80]
         raise UserError(
             f'optimizer: the build of "{plugin._plugin_name}" gave {given}; it must give a list of torch.optim.Optimizer.'
+        )
+    if model.config.mup_base_width and not getattr(plugin, "mup", False):
+        raise UserError(
+            f'model.mup_base_width: optimizer "{plugin._plugin_name}" has no rule for muP\'s learning rates; take "adamw".'
         )
     if any(p.dtype == torch.bfloat16 for p in model.parameters()) and "bfloat16" not in getattr(plugin, "weights", ()):
         raise UserError(

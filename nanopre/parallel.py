@@ -80,8 +80,9 @@ class Layout:
 # Plan: what is impossible is refused here, before anything starts
 
 
-def plan(config: Config, plugins: Registry, world: World) -> Layout:
-    """The layout that the config asks for. Raises UserError where it does not fit the processes, batch or model."""
+def plan(config: Config, plugins: Registry, world: World, model: nn.Module | None = None) -> Layout:
+    """The layout that the config asks for. Raises UserError where it does not fit the processes, batch or model, which is the
+    config's on the device "meta" if it is not given."""
     strategies = in_order(config.parallel)
     by_phase: dict[str, list[str]] = {}
     for name, strategy in strategies.items():
@@ -120,8 +121,9 @@ def plan(config: Config, plugins: Registry, world: World) -> Layout:
     layout = Layout(world, sizes, strategies)
     check_batch(config, layout)
 
-    with torch.device("meta"):  # the shape of the model, without its numbers, whatever its vocabulary will be
-        model = config.model.build(vocab_size=64 * sizes["tensor"], seq_len=config.train.seq_len)
+    if model is None:
+        with torch.device("meta"):  # the shape of the model, without its numbers, whatever its vocabulary will be
+            model = config.model.build(vocab_size=64 * sizes["tensor"], seq_len=config.train.seq_len)
     for name, strategy in strategies.items():
         if hasattr(strategy, "check"):
             try:
@@ -188,7 +190,7 @@ def apply(layout: Layout, model: nn.Module, here: Machine, loss: Callable, confi
             compile_blocks(parts)
             compiled = True
         wrapped = strategy.apply(wrapped, layout)
-        if strategy.phase != "data":
+        if PHASES.index(strategy.phase) < PHASES.index("data"):  # what comes then may hide the model's config and names
             parts = wrapped
     if not compiled:
         compile_blocks(parts)

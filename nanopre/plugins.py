@@ -220,6 +220,10 @@ def check_class(kind: str, offer: Offer) -> None:
             raise UserError(f"{where}: has no method {method}, which every {kind} needs.")
     if kind == "parallel" and getattr(offer.cls, "phase", None) not in PHASES:
         raise UserError(f'{where}: has no phase, which must be one of {", ".join(PHASES)}.')
+    if kind == "analyzer" and not dataclasses.is_dataclass(getattr(offer.cls, "law", None)):
+        raise UserError(f"{where}: has no attribute law, the dataclass of estimates that its fit returns.")
+    if kind == "analyzer" and not hasattr(offer.cls, "definition"):
+        raise UserError(f"{where}: has no attribute definition, which says what counts as parameters and FLOPs.")
     if kind == "logger":
         check_implementations(offer.cls, where)
         if not any(hasattr(getattr(offer.cls, name), "nanopre_impl") for name in dir(offer.cls)):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+
+from nanopre import UserError
 
 SCHEDULES = {
     "gpipe": "GPipe",
@@ -111,6 +115,42 @@ def held(times: list[list[Slot]]) -> list[int]:
     return result
 
 
+def most_held(schedule: str, ranks: int, microbatches: int, stages_per_rank: int, rank: int) -> int:
+    """What `held` finds for a rank, without a timetable. 1F1B: Narayanan et al., 2021a, section 2.2; interleaved: 2021b,
+    section 2.2, where a rank warms up with so many forward passes."""
+    match schedule:
+        case "gpipe":
+            return microbatches
+        case "1f1b":
+            return min(microbatches, ranks - rank)
+        case "interleaved_1f1b":
+            return min(microbatches * stages_per_rank, 2 * (ranks - rank - 1) + (stages_per_rank - 1) * ranks + 1)
+        case "zero_bubble":
+            return ranks * stages_per_rank
+
+
+def idle(schedule: str, ranks: int, microbatches: int, stages_per_rank: int) -> float:
+    """How long a rank waits, by the time that it works: (p - 1) / (v m) (Narayanan et al., 2021b, section 2.2). Zero-bubble
+    schedules wait for forward passes alone, a third of that, as the other halves of backward passes fill the rest."""
+    of_work = (ranks - 1) / (stages_per_rank * microbatches)
+    return of_work / 3 if schedule == "zero_bubble" else of_work
+
+
+def share_out(blocks: list[float], head: float, n_stages: int) -> list[range]:
+    """The blocks in `n_stages` runs, so that the costliest run, the head with the last, costs least; of ways that are alike,
+    the one whose first runs are shortest."""
+    n = len(blocks)
+    until = np.concatenate(([0.0], np.cumsum(blocks)))
+    runs = np.where(np.tri(n + 1, dtype=bool), np.inf, until - until[:, None])  # [first, end]: the cost of a run
+    costs = [runs[:, n] + head]  # [stages - 1][first]: of the costliest run, of the blocks from `first` on
+    for _ in range(n_stages - 1):
+        costs.append(np.maximum(runs, costs[-1]).min(axis=1))
+    ends = [0]
+    for rest in costs[-2::-1]:
+        ends.append(int(np.maximum(runs[ends[-1]], rest).argmin()))
+    return [range(first, end) for first, end in zip(ends, [*ends[1:], n], strict=True)]
+
+
 def draw(times: list[list[Slot]]) -> str:
     """A line a rank, two characters a unit of time: the kind of action and the micro-batch (from the tenth on, its last
     digit); small letters for a rank's second, fourth ... stage."""
@@ -123,3 +163,34 @@ def draw(times: list[list[Slot]]) -> str:
         lines.append(f"rank {rank}  {line}")
     width = max(map(len, lines))
     return "\n".join(line.ljust(width, "·") for line in lines)
+
+
+COLOURS = {"F": "#4c78a8", "B": "#f58518", "I": "#e45756", "W": "#72b7b2"}
+
+
+def picture(times: list[list[Slot]], file: str | Path, title: str) -> None:
+    """The same as a PNG: a bar an action, with its micro-batch; paler for a rank's later stages."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    end = max(slot.end for slots in times for slot in slots)
+    n_stages = 1 + max(slot.action.stage for slots in times for slot in slots)
+    figure = Figure(figsize=(min(40.0, 2 + 0.22 * end), 1.2 + 0.4 * len(times)), layout="constrained")
+    axes = figure.subplots()
+    for rank, slots in enumerate(times):
+        for (kind, stage, m), start, stop in slots:
+            alpha = 1 - 0.6 * (stage // len(times)) / max(1, n_stages // len(times))
+            axes.barh(rank, stop - start, left=start, color=COLOURS[kind], alpha=alpha, edgecolor="white", linewidth=0.8)
+            axes.text((start + stop) / 2, rank, str(m), ha="center", va="center", fontsize=7)
+    axes.set(yticks=range(len(times)), yticklabels=[f"rank {rank}" for rank in range(len(times))], xlim=(0, end))
+    axes.set(xlabel="time, a forward pass of a stage = 1", title=title)
+    axes.invert_yaxis()
+    names = {"F": "forward", "B": "backward", "I": "for inputs", "W": "for weights"}
+    used = {slot.action.kind for slots in times for slot in slots}
+    handles = [Patch(color=COLOURS[kind], label=names[kind]) for kind in names if kind in used]
+    figure.legend(handles=handles, ncols=4, loc="outside lower center", frameon=False)
+    try:
+        FigureCanvasAgg(figure).print_png(str(file))
+    except OSError as error:
+        raise UserError(f"{file}: can't be written ({error.strerror}).") from None

@@ -9,11 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # real text and models, which no clone brings along: what needs them is skipped
 sys.path.insert(0, str(ROOT))  # train.py and sample.py are scripts at the top, not modules of the package
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("any machine")
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -63,7 +68,7 @@ def tiny(text_folder, cache_folder, tmp_path) -> list[str]:
     return [str(config)]
 
 
-def run_script(*arguments, processes: int = 0, timeout: int = 120, **options) -> subprocess.CompletedProcess:
+def run_script(*arguments, processes: int = 0, timeout: int = 300, **options) -> subprocess.CompletedProcess:
     """`python train.py ...`, or with processes `torchrun --nproc-per-node=N train.py ...`, from the project's folder."""
     launch = [sys.executable]
     if processes:

@@ -6,14 +6,24 @@ import io
 import multiprocessing
 import os
 import queue
-import socket
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 ROOT = Path(__file__).parents[1]
-TIMEOUT = 120  # seconds, for one run
+TIMEOUT = 300  # seconds, for one run on a machine that is busy with others
+
+
+def meeting_point() -> tuple[TCPStore, dict[str, str]]:
+    """A store where ranks can meet, as torchrun has one, and the environment that tells them where. Its port is the one that
+    it is given: a port that was free a moment ago may be taken."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT))
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return store, environment
 
 
 class Ranks:
@@ -26,35 +36,43 @@ class Ranks:
 
     def run(self, n: int, function, *arguments, **options) -> list:
         """Each rank's (result, output, error): error is None or the text of its exception."""
+        if not self.workers:
+            self.answers = self.context.Queue()
         while len(self.workers) < n:
             self.workers.append(self._start())
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for rank in range(n):
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
-            self.workers[rank][1].put(({key: str(value) for key, value in environment.items()}, function, arguments, options))
-        try:
-            return [self.workers[rank][2].get(timeout=TIMEOUT) for rank in range(n)]
-        except queue.Empty:
-            self.close()  # one hangs: all start anew for the next run
-            raise TimeoutError(f"{function.__name__}{arguments}: a rank was not done after {TIMEOUT} s") from None
+        store, environment = meeting_point()
+        environment |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "GROUP_RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
+        for rank, (_, inbox) in enumerate(self.workers[:n]):
+            inbox.put(({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, function, arguments, options))
+        answers: dict[int, tuple] = {}
+        while len(answers) < n:
+            failed = any(error for _, _, error in answers.values())
+            try:
+                rank, *answer = self.answers.get(timeout=30 if failed else TIMEOUT)
+            except queue.Empty:
+                self.close()  # one hangs: all start anew for the next run
+                if not failed:
+                    raise TimeoutError(f"{function.__name__}{arguments}: a rank was not done after {TIMEOUT} s") from None
+                waiting = (None, "", "ended, since it waited for a rank that had failed")
+                answers = {rank: answers.get(rank, waiting) for rank in range(n)}
+            else:
+                answers[rank] = tuple(answer)
+        return [answers[rank] for rank in range(n)]
 
     def _start(self):
-        inbox, outbox = self.context.Queue(), self.context.Queue()
-        process = self.context.Process(target=serve, args=(inbox, outbox), daemon=True)
+        inbox = self.context.Queue()
+        process = self.context.Process(target=serve, args=(inbox, self.answers), daemon=True)
         process.start()
-        return process, inbox, outbox
+        return process, inbox
 
     def close(self) -> None:
-        for process, _, _ in self.workers:
+        for process, _ in self.workers:
             process.kill()
             process.join()
         self.workers = []
 
 
-def serve(inbox, outbox) -> None:
+def serve(inbox, answers) -> None:
     """Run what comes in, for ever."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
@@ -76,4 +94,4 @@ def serve(inbox, outbox) -> None:
                 result = function(*arguments, **options)
             except BaseException:
                 error = output.getvalue() + traceback.format_exc()
-        outbox.put((result, output.getvalue(), error))
+        answers.put((int(environment["RANK"]), result, output.getvalue(), error))

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, read_log, run_script
-from ranks import Ranks
+from ranks import TIMEOUT, Ranks, meeting_point
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from nanopre import UserError, checkpoint, config as configs, distributed
 
@@ -64,6 +71,40 @@ def test_a_rank_that_differs_stops_the_run_at_its_start(sections, sentence, fold
     assert not (folder / "runs").exists()
 
 
+def run_where_rank_1_differs(folder: str, what: str) -> None:
+    """A run whose ranks have the same config, but files in a folder of their own, and rank 1 other code if that is it."""
+    import train
+
+    rank, before = os.environ["RANK"], os.getcwd()
+    version = "another" if what == "code" and rank == "1" else "the same"
+    os.chdir(Path(folder) / rank)
+    try:
+        with mock.patch.object(train, "code_version", lambda: version):
+            train.train(*configs.from_dict(tiny_table(".", plugins=["./own.py"]), "test"))
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize(
+    "what, sentence",
+    [
+        ("corpus", "rank 1 differs from rank 0: corpus is '[0-9a-f]+' instead of '[0-9a-f]+'."),
+        ("plugins", "rank 1 differs from rank 0: plugins.own.py is '[0-9a-f]+' instead of '[0-9a-f]+'."),
+        ("code", "rank 1 differs from rank 0: code is 'another' instead of 'the same'."),
+    ],
+)
+def test_a_rank_that_has_another_corpus_plugin_or_code_stops_the_run_at_its_start(what, sentence, tmp_path, ranks):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+        other = " And a dog." if rank == "1" else ""
+        (tmp_path / rank / "text.txt").write_text("A cat sat on a mat. " * 200 + (other if what == "corpus" else ""))
+        (tmp_path / rank / "own.py").write_text('"""Offers nothing."""' + ("#" + other if what == "plugins" else ""))
+    results = ranks.run(2, run_where_rank_1_differs, str(tmp_path), what)
+    assert all(error and "SystemExit: 2" in error for _, _, error in results)
+    assert len(re.findall(sentence, "".join(output for _, output, _ in results))) == 1
+    assert not list(tmp_path.glob("*/runs"))
+
+
 def test_the_first_difference_of_two_tables_is_named():
     a, b = {"x": {"y": 1, "z": [2]}, "w": 1}, {"x": {"y": 1, "z": [3]}, "w": 2}
     assert distributed.difference(a, b) == "x.z is [2] instead of [3]"
@@ -94,12 +135,65 @@ def test_a_checkpoint_that_is_written_in_the_background_is_the_same(folder, rank
 # Ranks that die while they save.
 
 
-def save_for_ever(folder: str, rank: int, port: int, background: bool) -> None:
+def interrupted(folder: str) -> tuple[set, set]:
+    """The numbers that load after a checkpoint of ones, and one of twos of which rank 1's part could not be written: saved in
+    place, as torch does it, and as we do."""
+    with distributed.start(torch.device("cpu")):
+        mesh, part = init_device_mesh("cpu", (2,)), torch.nn.Linear(8, 8, bias=False)
+        part.weight = torch.nn.Parameter(distribute_tensor(part.weight.detach(), mesh, [Shard(0)]))
+
+        def fail(self, *arguments):
+            raise OSError("No space left on device")
+
+        def fill(number: float) -> dict:
+            torch.nn.init.constant_(part.weight, number)
+            return {"model": part.state_dict()}
+
+        def found() -> set:
+            return set(part.weight.full_tensor().flatten().tolist())
+
+        in_place = Path(folder) / "in place"
+        torch.distributed.checkpoint.save(fill(1.0), checkpoint_id=in_place)
+        checkpoint.save(Path(folder), 1, [part], [], {})
+        state = fill(2.0)
+        disk_is_full = mock.patch.object(FileSystemWriter, "write_data", fail) if os.environ["RANK"] == "1" else nullcontext()
+        with disk_is_full:
+            with pytest.raises(CheckpointException):
+                torch.distributed.checkpoint.save(state, checkpoint_id=in_place)
+            with pytest.raises(UserError, match="step_00000002.tmp: can't be written"):
+                checkpoint.save(Path(folder), 2, [part], [], {})
+        state = fill(0.0)
+        torch.distributed.checkpoint.load(state, checkpoint_id=in_place)
+        theirs = found()
+        _, latest = checkpoint.locate(folder)
+        checkpoint.load(latest, [part])
+        return theirs, found()
+
+
+def test_a_checkpoint_saved_in_place_may_be_a_mixture_of_two_without_an_error_and_ours_is_not(tmp_path, ranks):
+    (tmp_path / "config.toml").touch()
+    for result, _, error in ranks.run(2, interrupted, str(tmp_path)):
+        assert error is None, error
+        in_place, ours = result
+        assert in_place == {1.0, 2.0} and ours == {1.0}
+
+
+def test_what_is_left_of_an_interrupted_save_is_removed_with_the_old_checkpoints(tmp_path):
+    part = torch.nn.Linear(4, 4)
+    checkpoint.begin(tmp_path, 1, [part], [], {})  # and never finished
+    for step in (2, 3, 4):
+        checkpoint.save(tmp_path, step, [part], [], {})
+    checkpoint.prune(tmp_path, 2)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["latest", "step_00000003", "step_00000004"]
+
+
+def save_for_ever(folder: str, rank: int, environment: dict[str, str], background: bool) -> None:
     """Save a model of 16 MB again and again, its numbers those of the step."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update({**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
     sys.stderr = open(os.devnull, "w")  # the rank that survives complains
     torch.set_num_threads(1)
-    with distributed.start(torch.device("cpu"), timeout=20):
+    with distributed.start(torch.device("cpu")):
         part = torch.nn.Linear(2048, 2048, bias=False)
         for step in range(1, 10**6):
             torch.nn.init.constant_(part.weight, step)
@@ -115,13 +209,14 @@ def test_whenever_a_rank_is_killed_there_is_a_whole_checkpoint(tmp_path, backgro
     pool, draw, seen = Ranks(), random.Random(0), set()
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.toml").touch()
-    for kill in range(12):
-        port = 20000 + random.Random(f"{tmp_path}{kill}").randrange(20000)
-        workers = [pool.context.Process(target=save_for_ever, args=(str(tmp_path), r, port, background)) for r in (0, 1)]
+    for _ in range(12):
+        store, environment = meeting_point()
+        arguments = [(str(tmp_path), rank, environment, background) for rank in (0, 1)]
+        workers = [pool.context.Process(target=save_for_ever, args=a, daemon=True) for a in arguments]
+        before = checkpoint.pointed(tmp_path, "latest")
         for worker in workers:
             worker.start()
-        before = checkpoint.pointed(tmp_path, "latest")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + TIMEOUT
         while checkpoint.pointed(tmp_path, "latest") in (None, before) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(draw.random() * 0.3)
@@ -152,12 +247,12 @@ def launch(*arguments, processes: int = 2, **options) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 90):
+def wait_for(condition, process: subprocess.Popen, seconds: float = TIMEOUT):
     deadline = time.monotonic() + seconds
     while not (found := condition()) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     if not found:
-        process.kill()
+        process.terminate()  # which ends its ranks, too
         raise AssertionError(process.communicate()[1])
     return found
 
@@ -188,7 +283,7 @@ def test_torchrun_restarts_a_job_that_goes_on_where_it_was(folder):
     run = folder / "runs" / "run"
     wait_for(lambda: checkpoint.pointed(run, "latest"), process)
     os.kill(workers_of(process)[-1], signal.SIGKILL)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, errors
     assert [path.name for path in sorted((folder / "runs").iterdir())] == ["run", "whole"]  # no second run
     theirs, ours = read_log(folder / "runs" / "whole")[0], read_log(run)[0]
@@ -199,20 +294,20 @@ def test_torchrun_restarts_a_job_that_goes_on_where_it_was(folder):
 @pytest.mark.slow
 @linux
 def test_a_rank_that_hangs_is_named(folder):
-    process = launch(config_file(folder, train={"steps": 100000, "timeout": 4.0}))
+    process = launch(config_file(folder, train={"steps": 100000, "timeout": 15.0}))
     log = folder / "runs" / "run" / "log.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size, process)
     ranks = workers_of(process)
     (second,) = [pid for pid in ranks if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
     os.kill(second, signal.SIGSTOP)
     try:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=TIMEOUT)
     finally:
         for pid in ranks:
             if Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
     assert process.returncode != 0
-    assert errors.count("rank 1 ended, or did not answer for 4 s (train.timeout): the run stops.") == 1
+    assert errors.count("rank 1 ended, or did not answer for 15 s (train.timeout): the run stops.") == 1
     assert 'train.py", line' not in errors
 
 
@@ -224,9 +319,24 @@ def test_a_signal_to_all_ranks_saves_once_and_exits_0(folder):
     wait_for(lambda: log.exists() and log.stat().st_size, process)
     for pid in workers_of(process):
         os.kill(pid, signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, errors
     assert output.count("go on with: python train.py --resume") == 1
+    (saved,) = checkpoint.find(folder / "runs" / "run")
+    assert checkpoint.verify(saved)["step"] == read_log(folder / "runs" / "run")[0][-1]["step"]
+
+
+@pytest.mark.slow
+@linux
+def test_ranks_whose_torchrun_is_killed_save_and_end(folder):
+    process = launch(config_file(folder, train={"steps": 100000}))
+    log = folder / "runs" / "run" / "log.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size, process)
+    ranks = workers_of(process)
+    process.kill()
+    output, _ = process.communicate(timeout=TIMEOUT)  # the ranks' output, too, so that it ends with them
+    assert output.count("go on with: python train.py --resume") == 1
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     (saved,) = checkpoint.find(folder / "runs" / "run")
     assert checkpoint.verify(saved)["step"] == read_log(folder / "runs" / "run")[0][-1]["step"]
 

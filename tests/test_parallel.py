@@ -4,15 +4,18 @@ is proved in test_layouts.py."""
 from __future__ import annotations
 
 import math
+import re
+from itertools import combinations
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import ENVIRONMENT, run_script
 from hypothesis import given, settings, strategies as st
 
-from nanopre import UserError, config as configs, optim, parallel
+from nanopre import UserError, config as configs, distributed, optim, parallel
 from nanopre.distributed import World
 from nanopre.plugins import load_plugins
+from nanopre.timetable import share_out
 
 PLUGINS = load_plugins()
 
@@ -130,11 +133,8 @@ def test_clipping_scales_the_whole_gradient_and_reports_its_norm():
 
 @given(costs=st.lists(st.integers(1, 9), min_size=1, max_size=9), head=st.integers(0, 30), n=st.integers(1, 9))
 def test_no_other_cut_into_stages_has_a_cheaper_costliest_stage(costs, head, n):
-    from itertools import combinations
-
     if n > len(costs):
         return
-    share_out = vars(__import__("sys").modules[PLUGINS.get("parallel", "pipeline", "test").__module__])["share_out"]
 
     def costliest(cuts) -> int:
         edges = (0, *cuts, len(costs))
@@ -158,6 +158,47 @@ def test_parameters_of_one_optimizer_group_lie_on_one_mesh():
 
 
 # What a user sees.
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (0, 0, 1)),
+        ({"RANK": "1"}, (0, 0, 1)),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, (0, 0, 1)),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (3, 1, 4)),
+        ({"WORLD_SIZE": "2"}, "RANK=, LOCAL_RANK=, WORLD_SIZE=2, MASTER_ADDR=, MASTER_PORT= in the environment: torchrun "),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2, "),
+        ({"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=0, "),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "b"}, "RANK=0, "),
+        ({"WORLD_SIZE": "-2", "RANK": "-3", "LOCAL_RANK": "-3", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=-3, "),
+    ],
+)
+def test_the_place_of_a_process_is_what_torchrun_says_whole_or_refused(environment, expected, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, tuple):
+        assert distributed.place() == expected
+    else:
+        with pytest.raises(UserError, match=f"^{re.escape(expected)}.*; for a single process unset WORLD_SIZE.$"):
+            distributed.place()
+
+
+def test_ranks_that_do_not_come_are_waited_for_no_longer_than_the_time_out(tiny):
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    result = run_script("train.py", *tiny, "--train.timeout=1", env={**ENVIRONMENT, **environment})
+    assert result.returncode == 2
+    assert "train.py: rank 0: the 2 ranks did not meet at 127.0.0.1:0 within 1 s (train.timeout): " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_error_that_one_rank_alone_meets_before_the_others_is_said(tiny, tmp_path):
+    (tmp_path / "particular.py").write_text("import os\nassert os.environ['RANK'] == '0', 'not on this machine'\n")
+    result = run_script("train.py", *tiny, f'--plugins=["{tmp_path}/particular.py"]', processes=2)
+    assert result.returncode != 0
+    assert result.stderr.count("not on this machine") == 1 and 'train.py", line' not in result.stderr
 
 
 def test_an_objective_of_two_models_can_not_be_split(tiny):
@@ -192,7 +233,7 @@ def fused_and_separate() -> tuple[float, float]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    from nanopre import distributed, model as models
+    from nanopre import model as models
 
     config = models.ModelConfig(
         vocab_size=64, seq_len=8, d_model=32, n_layers=1, n_heads=4, n_kv_heads=4, d_ff=32, positions="rope",

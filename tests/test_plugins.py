@@ -221,7 +221,8 @@ def test_every_kind_can_be_offered_and_needs_its_methods(kind):
     mark = "    @hookimpl\n" if kind == "logger" else ""
     body = "".join(f"{mark}    def {method}(self): pass\n" for method in methods)
     offer = f"@hookimpl\ndef {hook}(register):\n    register('mine', Mine)\n"
-    head = '@dataclass\nclass Mine:\n    """Doc."""\n    phase = "last"\n'
+    head = '@dataclass\nclass Law:\n    a: float\n@dataclass\nclass Mine:\n    """Doc."""\n    phase = "last"\n'
+    head += '    law = Law\n    definition = "all parameters"\n'
     write("mine.py", head, body, offer)
     assert load_plugins(["mine.py"]).offers(kind)["mine"].cls.__doc__ == "Doc."
     for method in METHODS[kind]:
@@ -235,6 +236,18 @@ def test_a_parallel_strategy_needs_a_phase_that_there_is():
     assert refused("mine.py") == (
         'mine.py: parallel "mine": has no phase, which must be one of pipeline, tensor, memory, data, last.'
     )
+
+
+def test_an_analyzer_needs_a_law_and_its_definition():
+    law = "@dataclass\nclass Law:\n    a: float\n"
+    mine = '@dataclass\nclass Mine:\n    """Doc."""\n    definition = "words"\n    law = Law\n    def fit(self, runs): pass\n'
+    offer = "@hookimpl\ndef nanopre_analyzers(register):\n    register('mine', Mine)\n"
+    for line, said in (
+        ("    law = Law\n", "has no attribute law, the dataclass of estimates that its fit returns."),
+        ("    definition = \"words\"\n", "has no attribute definition, which says what counts as parameters and FLOPs."),
+    ):
+        write("mine.py", law, mine.replace(line, ""), offer)
+        assert refused("mine.py") == f'mine.py: analyzer "mine": {said}'
 
 
 # Classes that are refused.

@@ -85,10 +85,29 @@ def test_source_and_target_are_found_in_the_rows_again(pairs, max_target, more, 
 
 @pytest.mark.parametrize("options, message", [
     (dict(template="no column"), "must name a column"), (dict(max_target=1), "max_target = 1 must be at least 2"),
+    (dict(round_target=-0.2), "round_target = -0.2 must be at least 0"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Seq2Seq(**options)
+
+
+def test_scores_are_rounded_as_in_t5():
+    objective = Seq2Seq(template="{s}", target="score", round_target=0.2)
+    scores = [f"{tenths / 10:g}" for tenths in range(10, 51)]  # as SICK writes them: "4.5", "5"
+    train, val = (Examples({"s": scores, "score": part}, BYTES) for part in (scores, scores[::-1]))
+    objective.prepare(train, val)
+    # Raffel et al. (2020), section 2.4, and their code: the nearest multiple of 0.2 with one decimal.
+    expected = [f"{round(5 * float(score)) / 5:.1f}" for score in scores]
+    assert (train.columns["score"], val.columns["score"]) == (expected, expected[::-1]) and len(set(expected)) == 21
+    assert train.columns["s"] == scores  # the source is not touched
+
+
+@pytest.mark.parametrize("target", ["good", "", "nan", "1,5"])
+def test_a_score_that_is_no_number_is_refused(target):
+    objective, split = Seq2Seq(target="score", round_target=0.2), Examples({"source": ["a"], "score": [target]}, BYTES)
+    with pytest.raises(UserError, match=f'the column "score" has "{target}", which is no number'):
+        objective.prepare(split, split)
 
 
 def test_a_target_longer_than_the_model_is_refused():

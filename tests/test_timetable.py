@@ -13,7 +13,20 @@ from hypothesis import given, settings, strategies as st
 from torch.distributed.pipelining import PipelineStage
 
 from nanopre import config as configs
-from nanopre.timetable import DURATIONS, SCHEDULES, SEVERAL_STAGES, Action, actions, bubble, draw, held, needs, simulate
+from nanopre.timetable import (
+    DURATIONS,
+    SCHEDULES,
+    SEVERAL_STAGES,
+    Action,
+    actions,
+    bubble,
+    draw,
+    held,
+    idle,
+    most_held,
+    needs,
+    simulate,
+)
 
 
 @given(schedule=st.sampled_from(list(SCHEDULES)), p=st.integers(2, 5), rounds=st.integers(1, 4), v=st.integers(2, 3))
@@ -57,6 +70,16 @@ def test_what_a_rank_holds_is_that_of_the_theory(p, m):
     """GPipe holds every micro-batch, 1F1B no more than there are stages from a rank's own to the last one."""
     assert held(simulate(actions("gpipe", p, m))) == [m] * p
     assert held(simulate(actions("1f1b", p, m))) == [min(m, p - rank) for rank in range(p)]
+
+
+@given(schedule=st.sampled_from(list(SCHEDULES)), p=st.integers(2, 5), rounds=st.integers(1, 4), v=st.integers(2, 3))
+@settings(deadline=None, max_examples=40)
+def test_the_closed_forms_are_those_of_the_timetables(schedule, p, rounds, v):
+    m, v = rounds * p, v if schedule in SEVERAL_STAGES else 1
+    times = simulate(actions(schedule, p, m, v))
+    assert [most_held(schedule, p, m, v, rank) for rank in range(p)] == held(times)
+    waiting = idle(schedule, p, m, v)  # by the time that a rank works
+    assert bubble(times) == pytest.approx(waiting / (1 + waiting))
 
 
 def test_orders_that_can_not_be_are_refused():

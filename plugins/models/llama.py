@@ -22,6 +22,7 @@ class Llama:
     tie_embeddings: bool = False
     dropout: float = 0.0
     norm_eps: float = 1e-5
+    mup_base_width: int = 0  # d_model at which optimizer.lr was found, which muP carries over to this one; 0: no muP
     vocab_size: int = 0  # rows of the embedding; 0: the tokenizer's vocabulary, rounded up to a multiple of 64
 
     def __post_init__(self):
@@ -45,6 +46,7 @@ class Llama:
             qk_norm=self.qk_norm,
             rope_theta=self.rope_theta,
             dropout=self.dropout,
+            mup_base_width=self.mup_base_width,
         )
 
     def build(self, vocab_size: int, seq_len: int) -> Transformer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 
 import numpy as np
 from torch import Tensor
@@ -23,12 +24,13 @@ class Seq2Seq:
     template: str = "{source}"  # the source; names in braces are columns
     target: str = "target"  # column
     max_target: int = 64  # tokens, with the end of text
+    round_target: float = 0.0  # to multiples of this, as STS-B's scores to 0.2, so that they are few words; 0: as written
     eval_examples: int = 200  # of the validation part, that are decoded for exact match and F1; 0: none
 
     architectures = ("encoder-decoder",)
 
     def __post_init__(self):
-        at_least(self, max_target=2, eval_examples=0)
+        at_least(self, max_target=2, round_target=0, eval_examples=0)
         if not self.names():
             raise ValueError(f'template = "{self.template}" must name a column in braces')
         self._sources = []  # [(examples, their sources)], which are put together once
@@ -38,6 +40,26 @@ class Seq2Seq:
 
     def columns(self) -> list[str]:
         return [*self.names(), self.target]
+
+    def prepare(self, train: Examples, val: Examples) -> None:
+        """Round the targets, where that is asked for (Raffel et al., 2020, section 2.4)."""
+        if self.round_target:
+            for split in (train, val):
+                split.columns[self.target] = [self.rounded(target) for target in split.columns[self.target]]
+
+    def rounded(self, target: str) -> str:
+        """The multiple nearest to it, of two the even one: "4.5" by 0.2 is "4.4"."""
+        step = Decimal(str(self.round_target))
+        try:
+            number = Decimal(target)
+        except InvalidOperation:
+            number = Decimal("nan")
+        if not number.is_finite():
+            raise UserError(
+                f'objective.round_target = {self.round_target}: the column "{self.target}" has "{target}", which is no number; '
+                "leave it out to have the targets as they are written."
+            )
+        return str(((number / step).to_integral_value() * step).quantize(step))
 
     def source(self, texts: dict[str, str]) -> str:
         """The template with each column's text in its place."""

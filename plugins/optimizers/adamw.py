@@ -12,7 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from nanopre import hookimpl
 from nanopre.config import at_least, below_one
 from nanopre.distributed import derive_seed
-from nanopre.optim import split_parameters
+from nanopre.optim import adamw_groups
 
 
 @dataclass
@@ -27,18 +27,17 @@ class AdamW:
     stochastic_rounding: bool = True  # of bfloat16 weights: up or down at random, so that small updates count on average
 
     weights = ("float32", "bfloat16")
+    mup = True
 
     def __post_init__(self):
         at_least(self, lr=0, eps=0, weight_decay=0)
         below_one(self, "beta1", "beta2")
 
+    def state_bytes(self, kind: str, n: float) -> float:
+        return 8 * n  # two moments, float32 for bfloat16 weights, too
+
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
-        matrices, ends, vectors = split_parameters(model)
-        groups = [
-            {"params": matrices + ends, "weight_decay": self.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        groups, betas = [g for g in groups if g["params"]], (self.beta1, self.beta2)
+        groups, betas = adamw_groups(model, self.lr, self.weight_decay), (self.beta1, self.beta2)
         if all(p.dtype == torch.float32 for p in model.parameters()):
             return [torch.optim.AdamW(groups, self.lr, betas, self.eps, fused=True)]
         names = {p: name.replace("_checkpoint_wrapped_module.", "") for name, p in model.named_parameters()}

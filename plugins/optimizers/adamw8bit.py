@@ -9,7 +9,7 @@ from torch import nn
 
 from nanopre import UserError, hookimpl
 from nanopre.config import at_least, below_one
-from nanopre.optim import split_parameters
+from nanopre.optim import adamw_groups
 
 
 @dataclass
@@ -26,9 +26,14 @@ class AdamW8bit:
     eps: float = 1e-8
     weight_decay: float = 0.1
 
+    mup = True
+
     def __post_init__(self):
         at_least(self, lr=0, eps=0, weight_decay=0)
         below_one(self, "beta1", "beta2")
+
+    def state_bytes(self, kind: str, n: float) -> float:
+        return 2 * (n + n / 256 * 4) if kind != "vector" and n >= 4096 else 8 * n  # a scale a block of 256
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         try:
@@ -38,12 +43,8 @@ class AdamW8bit:
                 f"optimizer.name = adamw8bit needs torchao, which can't be imported here ({error}): "
                 "pip install 'nanopre[8bit]', or take \"adamw\"."
             ) from None
-        matrices, ends, vectors = split_parameters(model)
-        groups = [
-            {"params": matrices + ends, "weight_decay": self.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        optimizer = TorchAO([g for g in groups if g["params"]], self.lr, (self.beta1, self.beta2), self.eps)
+        groups = adamw_groups(model, self.lr, self.weight_decay)
+        optimizer = TorchAO(groups, self.lr, (self.beta1, self.beta2), self.eps)
         try:  # the kernel, on a parameter of its own: where it does not work, the run stops here
             p = nn.Parameter(torch.zeros(4096, device=next(model.parameters()).device))
             p.grad = torch.zeros_like(p)

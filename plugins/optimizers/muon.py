@@ -27,18 +27,26 @@ class Muon:
     beta2: float = 0.95
     eps: float = 1e-8
 
+    mup = True
+
     def __post_init__(self):
         at_least(self, lr=0, adamw_lr=0, eps=0, weight_decay=0)
         below_one(self, "momentum", "beta1", "beta2")
+
+    def state_bytes(self, kind: str, n: float) -> float:
+        return 4 * n if kind == "matrix" else 8 * n
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         matrices, ends, vectors = split_parameters(model)
         rest = [{"params": ends, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         betas = (self.beta1, self.beta2)
+        # With muP an update's spectral norm must not grow with the width (Yang et al., 2023, condition 1); scaled by
+        # sqrt(max(rows, columns)) it does, with the root, and so the rate falls with it. What decay takes off stays.
+        factor = model.config.width_ratio**-0.5
         adamw = torch.optim.AdamW(
             [g for g in rest if g["params"]], self.adamw_lr or self.lr, betas, self.eps, fused=True
         )
-        return [MuonOptimizer(matrices, self.lr, self.momentum, self.weight_decay), adamw]
+        return [MuonOptimizer(matrices, self.lr * factor, self.momentum, self.weight_decay / factor), adamw]
 
 
 class MuonOptimizer(torch.optim.Optimizer):

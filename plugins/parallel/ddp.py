@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nanopre import hookimpl
+from nanopre.config import at_least
 from nanopre.parallel import Layout
 
 
@@ -21,6 +22,9 @@ class DDP:
     bucket_mb: int = 25  # MiB of gradients in one all-reduce
 
     phase = "data"
+
+    def __post_init__(self):
+        at_least(self, bucket_mb=1)
 
     def apply(self, parts: list[nn.Module], layout: Layout) -> list[nn.Module]:
         if layout.sizes["tensor"] > 1 or layout.sizes["pipeline"] > 1:

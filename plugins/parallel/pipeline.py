@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -18,7 +17,7 @@ from nanopre import cost, hookimpl
 from nanopre.config import at_least
 from nanopre.model import Transformer
 from nanopre.parallel import Layout, Shared, normalised
-from nanopre.timetable import SCHEDULES, SEVERAL_STAGES
+from nanopre.timetable import SCHEDULES, SEVERAL_STAGES, share_out
 
 
 @dataclass
@@ -121,24 +120,6 @@ def cut(model: Transformer, stages: list[list[str]], s: int) -> Stage:
         part.head._modules = {**model.head._modules, "proj": copy.copy(model.head.proj)}
         part.head.proj._parameters = {**model.head.proj._parameters, "weight": part.embed.tokens.weight}
     return part
-
-
-def share_out(blocks: list[float], head: float, n_stages: int) -> list[range]:
-    """The blocks in `n_stages` runs, so that the costliest run, the head with the last, costs least."""
-
-    @cache
-    def best(first: int, left: int) -> tuple[float, tuple[int, ...]]:
-        """(cost of the costliest, ends) of the blocks from `first` on, in `left` runs."""
-        if left == 1:
-            return sum(blocks[first:]) + head, (len(blocks),)
-        choices = []
-        for end in range(first + 1, len(blocks) - left + 2):
-            rest, ends = best(end, left - 1)
-            choices.append((max(sum(blocks[first:end]), rest), (end, *ends)))
-        return min(choices)
-
-    ends = best(0, n_stages)[1]
-    return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
 
 
 class Engine:
