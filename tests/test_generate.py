@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from nanopre.config import Train
 from nanopre.distributed import initialise
 from nanopre.generate import choose, generate
+from nanopre.machine import lighten
 from nanopre.model import ModelConfig, Transformer
 
 SETTINGS = dict(vocab_size=61, seq_len=24, d_model=32, n_layers=2, n_heads=4, d_ff=64, norm_eps=1e-5)
@@ -97,6 +99,21 @@ def test_an_encoder_decoder_reads_its_source_once(source_length):
     # 60 tokens: more than twice seq_len, so that the decoder drops the older half of its context several times.
     long = [list(generate(model, [60], 60, temperature=0, source=source, use_cache=cached)) for cached in (True, False)]
     assert long[0] == long[1] and len(set(long[0])) > 3
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_lighter_weights_choose_tokens_that_the_whole_ones_would(config):
+    model, whole = make_model(config, seed=5), make_model(config, seed=5)
+    lighten(model, Train(precision="float32"))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), whole.parameters(), strict=True))
+    lighten(model, Train(precision="bfloat16"))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and {b.dtype for b in model.buffers()} <= {torch.float32}
+    sequence = [5, 3, 8]
+    for token in generate(model, sequence, 20, temperature=0):
+        logits = whole(torch.tensor([sequence]))[0, -1]
+        # As likely as any but for the rounding to 8 bits; a token at random is half of the spread away.
+        assert logits.max() - logits[token] < 0.05 * (logits.max() - logits.min())
+        sequence = [*sequence, token]
 
 
 def test_draws_depend_on_the_seed_alone():
