@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -191,6 +192,9 @@ class Runner:
             )
         self.train = train
         self.processes: set[subprocess.Popen] = set()
+        # Jobs share the cores: threads of several that wait for each other on one core take many times as long.
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+        self.environment = {**threads, **os.environ}
         self.stopping = False
 
     def run(self, plan: Design) -> None:
@@ -244,7 +248,9 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as output:
             try:  # in a session of its own: of a Ctrl-C it hears by `run` alone, as a second signal would end it without saving
-                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+                process = subprocess.Popen(
+                    command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=self.environment
+                )
             except OSError as error:
                 raise UserError(f"--launch: {command[0]} can't be started ({error.strerror}).") from None
             self.processes.add(process)

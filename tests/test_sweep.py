@@ -97,9 +97,9 @@ def test_one_trunk_gives_what_separate_runs_give(base, tmp_path):
     assert design.flops == 6.0 * model * 96 * (100 + 15)
     sweep.write(design, out)
     with pytest.raises(UserError, match=r"stopped after step 70 of 100; the same command goes on"):
-        sweep.Runner(out, ROOT / "train.py", LAUNCH, 2).run(design)
-    sweep.Runner(out, ROOT / "train.py", LAUNCH, 2).run(design)
-    sweep.Runner(out, ROOT / "train.py", "false {train} {config}", 2).run(design)
+        sweep.Runner(out, ROOT / "train.py", LAUNCH, 1).run(design)
+    sweep.Runner(out, ROOT / "train.py", LAUNCH, 1).run(design)
+    sweep.Runner(out, ROOT / "train.py", "false {train} {config}", 1).run(design)
 
     rows = sweep.collect(design, out)
     assert [(row["params"], row["tokens"], row["flops"]) for row in rows] == [
