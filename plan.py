@@ -21,30 +21,19 @@ import torch
 from nanopre import (
     UserError,
     accelerators,
-    budget,
     checkpoint,
     config as configs,
     corpus as corpora,
     cost,
-    layouts,
     machine,
-    memory,
     parallel,
-    planning,
-    proposal,
-    recipe,
-    report,
-    scaling,
-    shape,
-    sweep,
     timetable,
-    trial,
-    upscale,
 )
 from nanopre.distributed import World
-from nanopre.laws import PUBLISHED
+from nanopre.planning import budget, layouts, memory, preview, proposal, recipe, report, scaling, shape, sweep, trial, upscale
+from nanopre.planning.laws import PUBLISHED
+from nanopre.planning.runs import Runs, read_runs
 from nanopre.plugins import Registry, load_plugins, nearest
-from nanopre.runs import Runs, read_runs
 
 HERE = Path(__file__).parent
 
@@ -77,17 +66,14 @@ def main(argv: list[str]) -> None:
     print(json.dumps(result, indent=1) if a.json else text)
 
 
-def positive(kind: type, zero: bool = False):
-    """A type of argparse: a finite number above zero, or from zero on."""
+def positive(text: str) -> float:
+    """A type of argparse: a finite number above zero."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and finite")
+    return value
 
-    def parse(text: str):
-        value = kind(text)
-        if not (0 <= value < math.inf) or (value == 0 and not zero):
-            raise argparse.ArgumentTypeError(f"{text} must be {'at least' if zero else 'above'} 0 and finite")
-        return value
 
-    parse.__name__ = "number" if kind is float else "whole number"  # argparse: "invalid whole number value: 'x'"
-    return parse
+positive.__name__ = "number"  # argparse: "invalid number value: 'x'"
 
 
 def at_least(least: float):
@@ -115,7 +101,7 @@ def add_config(command: argparse.ArgumentParser) -> None:
 def add_fit(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("fit", help="fit a scaling law to measured runs", allow_abbrev=False)
     command.add_argument("--analyzer", default="parametric", help="which law (default: parametric)")
-    command.add_argument("--flops", type=positive(float), help="also say how the law would spend this budget")
+    command.add_argument("--flops", type=positive, help="also say how the law would spend this budget")
     command.add_argument("--out", metavar="FILE", help="write the law, for plan.py budget --law FILE")
     add_runs(command, bootstrap=200)
     command.set_defaults(run=run_fit)
@@ -124,7 +110,7 @@ def add_fit(commands) -> argparse.ArgumentParser:
 
 def add_compare(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("compare", help="fit every law to the same runs, side by side", allow_abbrev=False)
-    command.add_argument("--flops", type=positive(float), help="the budget to compare at (default: 10 times the largest run's)")
+    command.add_argument("--flops", type=positive, help="the budget to compare at (default: 10 times the largest run's)")
     add_runs(command, bootstrap=100)
     command.set_defaults(run=run_compare)
     return command
@@ -137,15 +123,15 @@ def add_runs(command: argparse.ArgumentParser, bootstrap: int) -> None:
     command.add_argument("--metric", default="val_loss", help="of log.jsonl, what is the loss (default: val_loss)")
     command.add_argument("--last", action="store_true", help="only the last point of each run")
     command.add_argument(
-        "--drop-highest", type=positive(int, zero=True), default=0, metavar="K", help="leave out the K highest losses"
+        "--drop-highest", type=at_least(0), default=0, metavar="K", help="leave out the K highest losses"
     )
     command.add_argument("--option", action="append", default=[], metavar="NAME.KEY=VALUE", help="an analyzer's option")
     command.add_argument("--plugins", action="append", default=[], metavar="PATH", help="a file or folder of plugins")
     command.add_argument(
-        "--bootstrap", type=positive(int, zero=True), default=bootstrap, metavar="N",
+        "--bootstrap", type=at_least(0), default=bootstrap, metavar="N",
         help=f"resamples that intervals are from (default: {bootstrap})",
     )  # fmt: skip
-    command.add_argument("--seed", type=positive(int, zero=True), default=0, help="of the resamples (default: 0)")
+    command.add_argument("--seed", type=at_least(0), default=0, help="of the resamples (default: 0)")
     command.add_argument("--figures", metavar="FOLDER", help="write a PNG for each law")
     command.add_argument("--report", metavar="FILE.html", help="write one page with tables and figures")
 
@@ -255,21 +241,21 @@ def add_budget(commands) -> argparse.ArgumentParser:
         description="Say the budget as --flops, as --params, as --gpu-hours, or as --gpus and --hours.",
         allow_abbrev=False,
     )
-    command.add_argument("--flops", type=positive(float), help="FLOP of training, as 5.76e23")
-    command.add_argument("--params", type=positive(float), help="the budget for which so many parameters are best, as 7e9")
-    command.add_argument("--gpu-hours", type=positive(float), help="hours of one GPU, or of all together")
-    command.add_argument("--hours", type=positive(float), help="of --gpus")
-    command.add_argument("--gpus", type=positive(int), help="how many; with it a layout is looked for")
+    command.add_argument("--flops", type=positive, help="FLOP of training, as 5.76e23")
+    command.add_argument("--params", type=positive, help="the budget for which so many parameters are best, as 7e9")
+    command.add_argument("--gpu-hours", type=positive, help="hours of one GPU, or of all together")
+    command.add_argument("--hours", type=positive, help="of --gpus")
+    command.add_argument("--gpus", type=at_least(1), help="how many; with it a layout is looked for")
     command.add_argument("--gpu", help=f"which accelerator (default, where one is needed: {GPU})")
     command.add_argument("--accelerators", metavar="FILE", help="a TOML file with more accelerators")
-    command.add_argument("--mfu", type=positive(float), help=f"part of the peak (default: the layout's, or {proposal.MFU})")
+    command.add_argument("--mfu", type=positive, help=f"part of the peak (default: the layout's, or {proposal.MFU})")
     names = ", ".join(PUBLISHED)
     command.add_argument("--law", default="besiroglu", help=f"{names}, or what plan.py fit --out wrote (default: besiroglu)")
-    command.add_argument("--tokens-available", type=positive(float), default=math.inf, help="different ones, which may repeat")
-    command.add_argument("--inference-tokens", type=positive(float), default=0.0, help="that the model will be used on")
+    command.add_argument("--tokens-available", type=positive, default=math.inf, help="different ones, which may repeat")
+    command.add_argument("--inference-tokens", type=positive, default=0.0, help="that the model will be used on")
     command.add_argument("--family", default="llama", help="of the model (default: llama)")
-    command.add_argument("--vocab-size", type=positive(int), default=0, help="tokens (default: by the model's size)")
-    command.add_argument("--seq-len", type=positive(int), default=0, help="tokens of a row (default: by the model's size)")
+    command.add_argument("--vocab-size", type=at_least(1), default=0, help="tokens (default: by the model's size)")
+    command.add_argument("--seq-len", type=at_least(1), default=0, help="tokens of a row (default: by the model's size)")
     command.add_argument("--rule", default="deepseek", help=f"of batch and rate: {', '.join(recipe.RULES)} (default: deepseek)")
     command.add_argument("--corpus", default="stdlib", help="data.corpus of the config (default: stdlib)")
     command.add_argument("--plugins", action="append", default=[], metavar="PATH", help="a file or folder of plugins")
@@ -336,7 +322,7 @@ def spend(a: argparse.Namespace, fit: scaling.Fit) -> tuple[float, str, proposal
 def add_sweep(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("sweep", help="small runs within a budget: designed, run, fitted", allow_abbrev=False)
     add_config(command)
-    command.add_argument("--budget", type=positive(float), required=True, help="FLOPs (6 N D) of all the runs together")
+    command.add_argument("--budget", type=positive, required=True, help="FLOPs (6 N D) of all the runs together")
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the sweep lives")
     command.add_argument("--approach", choices=("envelope", "isoflop", "parametric"), default="isoflop", help="to serve")
     command.add_argument("--sizes", type=at_least(2), default=6, help="models at each budget (default: 6)")
@@ -344,14 +330,14 @@ def add_sweep(commands) -> argparse.ArgumentParser:
     command.add_argument("--span", type=at_least(1.1), default=10.0, help="the largest budget by the smallest (default: 10)")
     command.add_argument("--size-ratio", type=at_least(1.1), default=2.0, help="of a size to the next smaller (default: 2)")
     command.add_argument(
-        "--tokens-per-param", type=positive(float), default=20.0, help="of the models that sizes lie around (default: 20)"
+        "--tokens-per-param", type=positive, default=20.0, help="of the models that sizes lie around (default: 20)"
     )
     command.add_argument("--run", action="store_true", dest="start", help="run what is not done yet, then fit and predict")
     command.add_argument("--jobs", type=at_least(1), default=1, help="sizes that run at a time (default: 1)")
     command.add_argument(
         "--launch", default=f"{sys.executable} {{train}} {{config}}", help="as 'torchrun --nproc-per-node=2 {train} {config}'"
     )
-    command.add_argument("--target", type=positive(float), help="FLOPs to predict for (default: 10 times the largest budget)")
+    command.add_argument("--target", type=positive, help="FLOPs to predict for (default: 10 times the largest budget)")
     command.set_defaults(run=run_sweep)
     return command
 
@@ -387,8 +373,8 @@ def run_sweep(a: argparse.Namespace) -> tuple[dict, str]:
 def add_lr(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("lr", help="which learning rate a training bears: a range test", allow_abbrev=False)
     add_config(command)
-    command.add_argument("--low", type=positive(float), default=1e-5, help="the first rate (default: 1e-5)")
-    command.add_argument("--high", type=positive(float), default=1.0, help="the last rate (default: 1)")
+    command.add_argument("--low", type=positive, default=1e-5, help="the first rate (default: 1e-5)")
+    command.add_argument("--high", type=positive, default=1.0, help="the last rate (default: 1)")
     command.add_argument("--steps", type=at_least(20), default=300, help="from one to the other (default: 300)")
     command.add_argument("--figure", metavar="FILE.png", help="write the curve")
     command.set_defaults(run=run_lr)
@@ -411,7 +397,7 @@ def add_batch(commands) -> argparse.ArgumentParser:
     command.add_argument("--up-to", type=at_least(1), help="rows (default: train.batch_size)")
     command.add_argument("--steps", type=at_least(1), default=3, help="that are timed, after a first one (default: 3)")
     command.add_argument(
-        "--memory", type=positive(float), help="GiB that a CPU's process may take (default: half of what is free)"
+        "--memory", type=positive, help="GiB that a CPU's process may take (default: half of what is free)"
     )
     command.set_defaults(run=run_batch)
     return command
@@ -431,8 +417,8 @@ def run_batch(a: argparse.Namespace) -> tuple[dict, str]:
 def add_upscale(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("upscale", help="from the best of many small runs to the big one, by muP", allow_abbrev=False)
     command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders that hold such")
-    command.add_argument("--params", type=positive(float), required=True, help="of the big model, embeddings included")
-    command.add_argument("--tokens", type=positive(float), required=True, help="that it is trained on")
+    command.add_argument("--params", type=positive, required=True, help="of the big model, embeddings included")
+    command.add_argument("--tokens", type=positive, required=True, help="that it is trained on")
     command.add_argument("--out", metavar="FILE.toml", required=True, help="its config, which train.py accepts")
     command.set_defaults(run=run_upscale)
     return command
@@ -486,7 +472,7 @@ def add_memory(commands) -> argparse.ArgumentParser:
 
 def run_memory(a: argparse.Namespace) -> tuple[dict, str]:
     config, plugins, accelerator = read_config(a)
-    (n_vocab, source), example, model = planning.vocabulary(config), planning.example(config), planning.shape(config)
+    (n_vocab, source), example, model = preview.vocabulary(config), preview.example(config), preview.shape(config)
     layout = parallel.plan(config, plugins, World(0, 0, a.gpus, torch.device("cpu")), model)
     weights = None
     if a.state_bits:
@@ -531,8 +517,8 @@ def run_layout(a: argparse.Namespace) -> tuple[dict, str]:
 def calibrated(run: Path, accelerator: accelerators.Accelerator) -> float:
     """The efficiency of a run. How many GPUs it had follows from its MFU; without one, on a CPU, it was one process."""
     config, plugins = configs.load(run / "config.toml")
-    seconds, mfu = planning.measured_seconds(run)
-    flops = config.train.batch_size * cost.flops(planning.shape(config).config, planning.example(config))
+    seconds, mfu = preview.measured_seconds(run)
+    flops = config.train.batch_size * cost.flops(preview.shape(config).config, preview.example(config))
     gpus = max(1, round(flops / seconds / mfu / accelerator.peak_flops)) if mfu else 1
     return layouts.calibrate(config, plugins, accelerator, gpus, seconds, f"--calibrate {run}")
 

@@ -19,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from nanopre import config as configs, optim, report  # noqa: E402
-from nanopre.trial import Trial  # noqa: E402
+from nanopre import config as configs, optim  # noqa: E402
+from nanopre.planning import report  # noqa: E402
+from nanopre.planning.trial import Trial  # noqa: E402
 
 CONFIG = """
 [model]

@@ -167,15 +167,15 @@ def nanopre_loggers(register: Register) -> None:
 def nanopre_analyzers(register: Register) -> None:
     """Offer analyzers of scaling runs (plan.py fit --analyzer ...).
 
-    law: the dataclass that `fit` returns, a nanopre.laws.Law: its fields are the estimates, all of them numbers.
+    law: the dataclass that `fit` returns, a nanopre.planning.laws.Law: its fields are the estimates, all of them numbers.
     definition: which parameters count, how FLOPs are counted, what is minimised; in one line. May be a property.
-    fit(runs) -> law, of a nanopre.runs.Runs. Raises UserError where the runs don't suffice. Depends on the runs alone.
+    fit(runs) -> law, of a nanopre.planning.runs.Runs. Raises UserError where the runs don't suffice. Depends on the runs alone.
 
     And where it needs them:
     refit(runs, law) -> law, from the estimates of an earlier law of nearly the same runs: what a bootstrap calls, if faster.
     notes(runs, law) -> list of sentences: what is worth telling besides the estimates, warnings among them.
     draw(figure, runs, fit): the points that the law was fitted on, and the law, on an empty matplotlib figure; `fit` is a
-        nanopre.scaling.Fit. Pieces to draw with are in nanopre.report.
+        nanopre.planning.scaling.Fit. Pieces to draw with are in nanopre.planning.report.
     """
 
 

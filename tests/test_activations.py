@@ -7,9 +7,9 @@ import torch
 from test_memory import PLUGINS, held
 from torch import nn
 
-from nanopre import activations
-from nanopre.activations import Kernels, Tokens
 from nanopre.distributed import initialise
+from nanopre.planning import activations
+from nanopre.planning.activations import Kernels, Tokens
 
 C, F, H = 32, 48, 4
 

@@ -13,10 +13,11 @@ from hypothesis import given, settings, strategies as st
 
 import plan
 import train
-from nanopre import UserError, accelerators, config as configs, parallel, planning, proposal, recipe
-from nanopre.budget import flops_for
+from nanopre import UserError, accelerators, config as configs, parallel
 from nanopre.distributed import World, build_model
-from nanopre.laws import PUBLISHED
+from nanopre.planning import preview, proposal, recipe
+from nanopre.planning.budget import flops_for
+from nanopre.planning.laws import PUBLISHED
 
 # FLOP, parameters and tokens of the best models: Hoffmann et al. (2022), table 3.
 TABLE = [
@@ -224,7 +225,7 @@ def test_the_layout_takes_the_time_that_is_said_and_train_py_takes_the_layout(bu
     assert time["gpu_hours"] == pytest.approx(8 * seconds / 3600, rel=1e-6) and time["mfu"] == layout["mfu"]
     assert time["days"] == pytest.approx(seconds / 86400, rel=1e-6)
     config, plugins = configs.load(file)
-    planned = parallel.plan(config, plugins, World(0, 0, 8, torch.device("cpu")), planning.shape(config))
+    planned = parallel.plan(config, plugins, World(0, 0, 8, torch.device("cpu")), preview.shape(config))
     assert planned.data_size * planned.sizes["tensor"] * planned.sizes["pipeline"] == 8
     assert config.train.micro_batch_size == layout["micro_batch_size"]
     assert budget("--flops", 1e20, "--gpus", 8, "--mfu", 0.3)["time"]["mfu"] == 0.3

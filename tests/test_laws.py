@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 from scipy.optimize import minimize_scalar
 
-from nanopre.laws import PUBLISHED, Additive, DataConstrained, InferenceAware
+from nanopre.planning.laws import PUBLISHED, Additive, DataConstrained, InferenceAware
 
 BUDGETS = st.floats(1e16, 1e27)
 EXPONENTS = st.floats(0.15, 0.8)

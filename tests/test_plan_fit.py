@@ -14,9 +14,9 @@ from conftest import run_script
 
 import plan
 from nanopre import UserError
-from nanopre.laws import Additive
+from nanopre.planning.laws import Additive
+from nanopre.planning.scaling import read_law
 from nanopre.plugins import load_plugins
-from nanopre.scaling import read_law
 
 LAW = Additive(A=420.0, B=1800.0, E=1.75, alpha=0.34, beta=0.37)
 PLUGINS = load_plugins()
@@ -141,7 +141,7 @@ THIRD_PARTY = '''
 from dataclasses import dataclass
 import numpy as np
 from nanopre import hookimpl
-from nanopre.laws import Allocation
+from nanopre.planning.laws import Allocation
 
 
 @dataclass

@@ -15,9 +15,10 @@ from conftest import ROOT, SHARED, run_script
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from nanopre import UserError, config as configs, cost, distributed, layouts, machine, memory, optim, parallel, planning
+from nanopre import UserError, config as configs, cost, distributed, machine, optim, parallel
 from nanopre.accelerators import accelerator
 from nanopre.distributed import World
+from nanopre.planning import layouts, memory, preview
 
 H100 = accelerator("h100")
 
@@ -25,9 +26,9 @@ H100 = accelerator("h100")
 def plan(table: dict, gpus: int):
     """(config, layout, model, a row of its batches)."""
     config, plugins = configs.from_dict(table, "test")
-    model = planning.shape(config)
+    model = preview.shape(config)
     layout = parallel.plan(config, plugins, World(0, 0, gpus, torch.device("cpu")), model)
-    return config, layout, model, planning.example(config)
+    return config, layout, model, preview.example(config)
 
 
 # Peaks, measured on this machine.
@@ -51,8 +52,8 @@ def measure(table: dict) -> tuple[tuple[int, int, int], memory.Stage]:
     with distributed.start(torch.device("cpu")) as world:
         config, plugins = configs.from_dict(table, "test")
         layout = parallel.plan(config, plugins, world)
-        model = distributed.build_model(config, Vocabulary(planning.vocabulary(config)[0]))
-        here, example = machine.choose(config.train), planning.example(config)
+        model = distributed.build_model(config, Vocabulary(preview.vocabulary(config)[0]))
+        here, example = machine.choose(config.train), preview.example(config)
         rows = config.train.batch_size // layout.data_size
         batch = {key: t.expand(rows, *t.shape[1:]).contiguous() for key, t in example.items()}
         parts, engine = parallel.apply(layout, model, here, config.objective.loss, config, example)
@@ -80,7 +81,7 @@ def measure(table: dict) -> tuple[tuple[int, int, int], memory.Stage]:
         weights = nbytes(p for part in parts for p in part.parameters())
         states = nbytes(t for o in optimizers for s in o.state.values() for t in s.values() if t.dim())
         products = 2 if here.precision == torch.bfloat16 else 4
-        estimate = memory.estimate(config, layout, planning.shape(config), example, "cpu", products)
+        estimate = memory.estimate(config, layout, preview.shape(config), example, "cpu", products)
         return (weights, states, weights + states + max(accumulate(sizes))), estimate[layout.rank("pipeline")]
 
 
@@ -229,9 +230,9 @@ def measured_rows():
             del strategies["activation_checkpointing"]
         config = dataclasses.replace(base, model=dataclasses.replace(base.model, **sizes), train=train, parallel=strategies)
         key = row["model"], T
-        model = models[key] = models.get(key) or planning.shape(config)
+        model = models[key] = models.get(key) or preview.shape(config)
         layout = parallel.plan(config, plugins, World(0, 0, gpus, torch.device("cpu")), model)
-        result.append((row, config, layout, model, planning.example(config)))
+        result.append((row, config, layout, model, preview.example(config)))
     assert len(result) == 70
     return result
 
@@ -400,7 +401,7 @@ def test_layout_as_a_user_asks_for_it_and_its_toml_is_taken(capsys, tmp_path):
         json.dumps({"step": i, "tokens": 2048 * i, "tokens_per_second": 10_000}) + "\n" for i in range(1, 10)
     ))  # fmt: skip
     result = json.loads(plan_py(capsys, "layout", *flags, "--calibrate", run, "--json"))
-    c = planning.shape(configs.load(run / "config.toml")[0]).config
+    c = preview.shape(configs.load(run / "config.toml")[0]).config
     assert result["efficiency"] == pytest.approx(10_000 * cost.flops_per_token(c, 256) / 1e12, rel=0.1)
 
 

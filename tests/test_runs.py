@@ -11,7 +11,7 @@ from conftest import read_log
 
 import train
 from nanopre import UserError, checkpoint
-from nanopre.runs import Runs, read_runs
+from nanopre.planning.runs import Runs, read_runs
 
 
 def table(folder: Path, text: str, name: str = "points.csv") -> Path:

@@ -15,11 +15,11 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from nanopre import UserError
-from nanopre.fitting import fit_additive, fit_power_above_floor, huber
-from nanopre.laws import PUBLISHED, Additive, DataConstrained, InferenceAware
+from nanopre.planning.fitting import fit_additive, fit_power_above_floor, huber
+from nanopre.planning.laws import PUBLISHED, Additive, DataConstrained, InferenceAware
+from nanopre.planning.runs import Runs, read_runs
+from nanopre.planning.scaling import Fit, fit, read_law, resample
 from nanopre.plugins import load_plugins
-from nanopre.runs import Runs, read_runs
-from nanopre.scaling import Fit, fit, read_law, resample
 
 DATA = SHARED / "scaling"
 measured = pytest.mark.skipif(not DATA.is_dir(), reason="the published measurements (shared/data/scaling) are not here")

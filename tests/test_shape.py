@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from nanopre import UserError, shape
+from nanopre import UserError
 from nanopre.cost import parameters
-from nanopre.laws import PUBLISHED
+from nanopre.planning import shape
+from nanopre.planning.laws import PUBLISHED
 from nanopre.plugins import load_plugins
 
 PLUGINS = load_plugins()

@@ -13,9 +13,10 @@ from hypothesis import given, strategies as st
 
 import plan
 import train
-from nanopre import UserError, config as configs, corpus as corpora, sweep
+from nanopre import UserError, config as configs, corpus as corpora
 from nanopre.cost import parameters
-from nanopre.shape import scaled
+from nanopre.planning import sweep
+from nanopre.planning.shape import scaled
 
 STOP_ONCE = """
 import os, pathlib, signal

@@ -11,8 +11,9 @@ from hypothesis import given, strategies as st
 
 import plan
 import train
-from nanopre import UserError, config as configs, trial
-from nanopre.trial import Measured, RangeTest
+from nanopre import UserError, config as configs
+from nanopre.planning import trial
+from nanopre.planning.trial import Measured, RangeTest
 
 
 def run_plan(capsys, *arguments) -> dict:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanopre import UserError, hookimpl, report
-from nanopre.fitting import DELTA, fit_additive, fit_log_loss, huber
-from nanopre.laws import DataConstrained
-from nanopre.runs import Runs
+from nanopre import UserError, hookimpl
+from nanopre.planning import report
+from nanopre.planning.fitting import DELTA, fit_additive, fit_log_loss, huber
+from nanopre.planning.laws import DataConstrained
+from nanopre.planning.runs import Runs
 
 LARGEST = np.log(1e6)  # of R_D and R_N: more epochs than any run has, so that none of them decays
 
@@ -79,7 +80,7 @@ def _once(runs: Runs) -> np.ndarray:
 
 
 def _effective(amount: np.ndarray, unique: np.ndarray, rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(what the amount is worth, as of nanopre.laws.DataConstrained; its derivative by the logarithm of the rate)."""
+    """(what the amount is worth, as of nanopre.planning.laws.DataConstrained; its derivative by the logarithm of the rate)."""
     repeats = amount / unique - 1
     left = np.exp(-repeats / rate)
     return unique * (1 - rate * np.expm1(-repeats / rate)), unique * (rate * (1 - left) - repeats * left)

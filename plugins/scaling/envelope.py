@@ -7,10 +7,11 @@ from typing import Literal
 
 import numpy as np
 
-from nanopre import UserError, hookimpl, report
-from nanopre.fitting import fit_frontier
-from nanopre.laws import Frontier
-from nanopre.runs import Runs
+from nanopre import UserError, hookimpl
+from nanopre.planning import report
+from nanopre.planning.fitting import fit_frontier
+from nanopre.planning.laws import Frontier
+from nanopre.planning.runs import Runs
 
 
 @dataclass

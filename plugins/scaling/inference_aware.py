@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanopre import UserError, hookimpl, report
-from nanopre.fitting import DELTA, fit_additive
-from nanopre.laws import InferenceAware
+from nanopre import UserError, hookimpl
+from nanopre.planning import report
+from nanopre.planning.fitting import DELTA, fit_additive
+from nanopre.planning.laws import InferenceAware
 
 
 @dataclass

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanopre import UserError, hookimpl, report
-from nanopre.fitting import DELTA, fit_log_loss, fit_power, need_determined
-from nanopre.laws import Allocation
-from nanopre.runs import Runs
+from nanopre import UserError, hookimpl
+from nanopre.planning import report
+from nanopre.planning.fitting import DELTA, fit_log_loss, fit_power, need_determined
+from nanopre.planning.laws import Allocation
+from nanopre.planning.runs import Runs
 
 
 @dataclass

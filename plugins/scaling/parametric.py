@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanopre import hookimpl, report
-from nanopre.fitting import DELTA, fit_additive, huber
-from nanopre.laws import Additive
+from nanopre import hookimpl
+from nanopre.planning import report
+from nanopre.planning.fitting import DELTA, fit_additive, huber
+from nanopre.planning.laws import Additive
 
 
 @dataclass

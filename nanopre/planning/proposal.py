@@ -11,13 +11,14 @@ from typing import Any
 
 import tomli_w
 
-from nanopre import UserError, config as configs, cost, layouts, planning, recipe, shape
+from nanopre import UserError, config as configs, cost
 from nanopre.accelerators import Accelerator
-from nanopre.budget import Sized, short
-from nanopre.laws import PUBLISHED
 from nanopre.model import ModelConfig
+from nanopre.planning import layouts, preview, recipe, shape
+from nanopre.planning.budget import Sized, short
+from nanopre.planning.laws import PUBLISHED
+from nanopre.planning.scaling import Fit, plain
 from nanopre.plugins import Registry
-from nanopre.scaling import Fit, plain
 
 MFU = 0.4
 """Assumed where nothing is known: LLaMA 3 405B had 0.38 to 0.43 on H100s (2024, table 4), PaLM 0.46 on TPU v4 (2022)."""
@@ -186,7 +187,7 @@ def propose(
         "checkpoint": {"interval": max(100, steps // 100)},
     }
     config, _ = configs.from_dict(table, "the plan")
-    row_flops = cost.flops(model, planning.example(config))
+    row_flops = cost.flops(model, preview.example(config))
     made = Proposal(flops_are, fit, sized, model, parameters, counted, rules, rule, table, row_flops, machine)
     if machine and machine.gpus:
         lay_out(made, config, plugins, build)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from nanopre import UserError
-from nanopre.laws import Additive, Frontier
-from nanopre.runs import Runs
+from nanopre.planning.laws import Additive, Frontier
+from nanopre.planning.runs import Runs
 
 DELTA = 1e-3  # residuals of the log-loss beyond it count by their size, not its square (Hoffmann et al., 2022, appendix D.3)
 

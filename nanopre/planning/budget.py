@@ -10,8 +10,8 @@ import numpy as np
 from scipy.optimize import brentq
 
 from nanopre import UserError
-from nanopre.laws import PUBLISHED, Additive, Allocation, DataConstrained, InferenceAware, Law
-from nanopre.scaling import Fit
+from nanopre.planning.laws import PUBLISHED, Additive, Allocation, DataConstrained, InferenceAware, Law
+from nanopre.planning.scaling import Fit
 
 SMALLEST, MIDDLE, LARGEST = 1.4e18, 8.3e19, 1.3e22
 """FLOPs, the middle being their geometric mean, of the 245 runs in figure 4 of Hoffmann et al. (2022), as Besiroglu et al.

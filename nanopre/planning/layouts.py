@@ -17,13 +17,14 @@ import tomli_w
 import torch
 from torch import Tensor
 
-from nanopre import UserError, cost, memory, parallel, planning
+from nanopre import UserError, cost, parallel
 from nanopre.accelerators import Accelerator
 from nanopre.config import Config
 from nanopre.distributed import World
-from nanopre.memory import Weights
 from nanopre.model import Transformer
 from nanopre.parallel import Layout
+from nanopre.planning import memory, preview
+from nanopre.planning.memory import Weights
 from nanopre.plugins import Registry
 from nanopre.timetable import idle
 
@@ -71,7 +72,7 @@ def search(config: Config, plugins: Registry, accelerator: Accelerator, gpus: in
 
     Of the config's own [parallel] what does not concern the layout stays: FSDP's precisions, strategies of the user.
     """
-    example, model = planning.example(config), planning.shape(config)
+    example, model = preview.example(config), preview.shape(config)
     world = World(0, 0, gpus, torch.device("cpu"))
     counted: dict[tuple[int, int], Weights] = {}
     ranked, refused = [], []
@@ -247,7 +248,7 @@ def calibrate(
     UserError, which names `where`, for a step that is shorter than the peak allows."""
     from scipy.optimize import brentq
 
-    example, model = planning.example(config), planning.shape(config)
+    example, model = preview.example(config), preview.shape(config)
     layout = parallel.plan(config, plugins, World(0, 0, gpus, torch.device("cpu")), model)
     weights = Weights(model, layout.sizes["tensor"], layout.sizes["shard"], memory.two_moments)
 

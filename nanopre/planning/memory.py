@@ -1,8 +1,8 @@
 """The memory of a training step on each GPU of a pipeline: what is held all the time, and the peak of what comes and goes.
 
 Parameters, gradients and optimizer states are counted on the model itself, split as the strategies split it (Rajbhandari et
-al., "ZeRO", 2020, section 3); activations as nanopre/activations.py counts them, for so many micro-batches as the pipeline's
-schedule holds (nanopre/timetable.py); the head as nanopre/loss.py works, in chunks.
+al., "ZeRO", 2020, section 3); activations as activations.py beside this file counts them, for so many micro-batches as the
+pipeline's schedule holds (nanopre/timetable.py); the head as nanopre/loss.py works, in chunks.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from nanopre import activations, cost
-from nanopre.activations import Kernels, Tokens
+from nanopre import cost
 from nanopre.config import Config
 from nanopre.loss import LinearCrossEntropy
 from nanopre.model import GATED, SPLITS, ModelConfig, Transformer
 from nanopre.parallel import Layout
+from nanopre.planning import activations
+from nanopre.planning.activations import Kernels, Tokens
 from nanopre.timetable import most_held, share_out
 
 CONTEXT = 1.3e9
@@ -248,7 +249,7 @@ def estimate(
 ) -> list[Stage]:
     """The stages of a layout (nanopre.parallel.plan), in the order of the pipeline's ranks.
 
-    model: on the device "meta" (nanopre.planning.shape); example: a row of its batches; products: bytes of a number in
+    model: on the device "meta" (nanopre.planning.preview.shape); example: a row of its batches; products: bytes of a number in
     products, 2 for bfloat16; weights: if the model's have been counted already.
     """
     c, strategies, sizes = model.config, layout.strategies, layout.sizes

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nanopre.laws import Allocation, Law
-from nanopre.runs import Runs
-from nanopre.scaling import Fit
+from nanopre.planning.laws import Allocation, Law
+from nanopre.planning.runs import Runs
+from nanopre.planning.scaling import Fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,7 +26,7 @@ import tomli_w
 
 from nanopre import UserError, checkpoint, config as configs, corpus as corpora, cost
 from nanopre.model import ModelConfig
-from nanopre.shape import scaled
+from nanopre.planning.shape import scaled
 
 MIN_STEPS = 50  # of a run: below, warm-up and decay are all there is
 
@@ -295,7 +295,7 @@ def final_loss(folder: Path, steps: int) -> float | None:
 
 
 def collect(plan: Design, out: Path) -> list[dict[str, Any]]:
-    """The points of all runs that are done, by the columns of nanopre.runs.Runs; written to points.csv. A `run` is a size."""
+    """The points of all runs that are done, by the columns of Runs; written to points.csv. A `run` is a size."""
     rows = []
     for size in plan.sizes:
         for point in size.points:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from nanopre import UserError
-from nanopre.laws import PUBLISHED, Law
+from nanopre.planning.laws import PUBLISHED, Law
+from nanopre.planning.runs import Runs
 from nanopre.plugins import Registry, nearest
-from nanopre.runs import Runs
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanopre import UserError, config as configs, cost
-from nanopre.shape import scaled
+from nanopre.planning.shape import scaled
 from nanopre.tokenizer import Tokenizer
 
 
