@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # real text and models, which no clone brings along: what needs them is skipped
 sys.path.insert(0, str(ROOT))  # train.py and sample.py are scripts at the top, not modules of the package
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: tests run side by side, each with a thread
+
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("any machine")

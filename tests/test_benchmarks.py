@@ -51,7 +51,8 @@ def test_a_program_that_ends_by_itself_is_named_with_what_it_said(program, tmp_p
         turns.alternate({"broken": [program, "nonsense"]}, 1, 1, tmp_path, threads=1)
 
 
-@pytest.mark.parametrize("row", ["char", pytest.param("decode", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["char", "decode"])
 def test_our_part_of_the_cpu_benchmark(row, tmp_path):
     if row == "decode":
         pytest.importorskip("transformers", reason="the peer of decoding is not installed")

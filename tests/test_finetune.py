@@ -207,6 +207,7 @@ def test_a_task_that_can_be_learnt_is_learnt_and_the_model_labels(tuning, tmp_pa
         assert sum(result["probabilities"].values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_processes_report_what_one_process_does(tuning, tmp_path):
     arguments = [*tuning, "--model.dropout=0.0", "--train.steps=3", "--train.eval_interval=3"]
     train.main([*arguments, "--name=one"])
