@@ -153,6 +153,14 @@ def test_the_interval_from_a_published_standard_error_is_about_the_bootstraps(bu
     assert low == pytest.approx(51.5e9, rel=0.1) and high == pytest.approx(111e9, rel=0.1)
 
 
+def test_the_published_table_has_the_interval_of_its_exponent(budget):
+    """At 8.3e19 x 1e4 FLOP exponents that are 0.01 below and 0.004 above the estimate are factors of 1e4^-0.01 and 1e4^0.004."""
+    said = budget("--law", "chinchilla-1", "--flops", 8.3e23)["chosen"]
+    low, high = said["intervals"]["params"]
+    assert low / said["params"] == pytest.approx(10**-0.04) and high / said["params"] == pytest.approx(10**0.016)
+    assert "10th to 90th percentile" in said["interval_is"]
+
+
 def test_a_law_without_a_published_interval_says_so(budget, tmp_path):
     for law, words in (("chinchilla-3", "0.454 to 0.455"), ("muennighoff", "none is published")):
         said = budget("--law", law, "--flops", 1e21)["chosen"]

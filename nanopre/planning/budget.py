@@ -95,7 +95,7 @@ def size(fit: Fit, flops: float, inference_tokens: float = 0.0, tokens_available
     elif fit.name in EXPONENTS:
         low, estimate, high, source = EXPONENTS[fit.name]
         words = f"{source}, turned about {MIDDLE:.1e} FLOP, the middle of the runs; of the loss none is published"
-        if point == free:
+        if not inference_tokens and free.tokens <= tokens_available:
             ends = [free.params * (flops / MIDDLE) ** (a - estimate) for a in (low, high)]
             intervals["params"] = min(ends), max(ends)
             intervals["tokens"] = flops / (6 * max(ends)), flops / (6 * min(ends))
