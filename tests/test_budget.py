@@ -339,6 +339,10 @@ def test_the_text_says_what_the_numbers_rest_on(capsys):
         ("--flops 1e20 --vocab-size 100", "--vocab-size 100: must be at least 361, the bytes and the special tokens."),
         ("--flops 1e9", "parameters are too few for the family llama, whose smallest model here has 27,232"),
         ("--flops 1e15 --vocab-size 100000", "it takes a larger budget, or a smaller --vocab-size."),
+        ("--flops 1e60", "a budget of 1e+60 FLOP: must be at most 1e+35."),
+        ("--gpu-hours 1e300", "a budget of inf FLOP: must be at most 1e+35."),
+        ("--params 1e80", "--params 1e+80: must be between 0.0477 and 4.17e+16, the best for 1 and for 1e+35 FLOP."),
+        ("--flops 1e20 --inference-tokens 1e300", "--inference-tokens 1e+300: must be at most 5.86e+25 here."),
         ("--flops 1e20 --flop 1e20", "unrecognized arguments: --flop 1e20"),
         (
             "--flops 5e23 --gpus 2",
