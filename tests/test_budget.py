@@ -307,6 +307,14 @@ def test_the_text_says_what_the_numbers_rest_on(capsys):
     assert "No such loss exists: guessing among 384 tokens costs 5.95" in said and "times smaller than the smallest" in said
 
 
+@pytest.mark.parametrize(("gpus", "nodes", "each"), [(8, 0, 8), (12, 2, 6), (16, 2, 8)])
+def test_the_command_starts_a_process_on_each_gpu(capsys, tmp_path, gpus, nodes, each):
+    plan.main(["budget", "--flops", "1e20", "--gpus", str(gpus), "--out", str(tmp_path / "run.toml")])
+    command = capsys.readouterr().out.splitlines()[-1]
+    several = f" --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500" if nodes else ""
+    assert command == f"torchrun{several} --nproc-per-node={each} train.py {tmp_path / 'run.toml'}"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
