@@ -32,6 +32,12 @@ def test_a_range_test_reads_its_curve():
     assert RangeTest(rates[:42], [*losses[:41], math.nan], [*losses[:41], math.nan]).biggest == rates[40]
 
 
+def test_a_range_test_that_blows_up_at_once_has_a_curve():
+    test = RangeTest([1.0, 30.0, 1000.0], [5.0, 4.0, math.nan], [5.0, 4.5, math.nan])
+    assert "1e+00  learning rate, geometric  1e+03" in test.text()
+    assert (test.biggest, test.recommended) == (30, 3)  # of the steps that have a loss
+
+
 def test_a_range_test_of_a_training(tiny, tmp_path, capsys):
     result = run_plan(capsys, "lr", tiny[0], "--low=1e-4", "--high=30", "--steps=60", f"--figure={tmp_path}/lr.png")
     losses, rates = result["losses"], result["rates"]

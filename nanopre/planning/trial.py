@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import sys
@@ -80,7 +81,7 @@ class RangeTest:
     @property
     def lowest(self) -> int:
         """The step at which the smoothed loss is least."""
-        return int(np.argmin(self.smooth))
+        return int(np.nanargmin(self.smooth))  # the last may be nan, where the test ended
 
     @property
     def biggest(self) -> float | None:
@@ -100,11 +101,11 @@ class RangeTest:
         """The curve in 12 lines, and what follows from it."""
         height, width = 12, 72
         top, bottom = max(self.smooth[0], self.smooth[self.lowest]), self.smooth[self.lowest]
-        columns = np.array_split(np.minimum(self.smooth, top), min(width, len(self.smooth)))
+        columns = np.array_split(np.fmin(self.smooth, top), min(width, len(self.smooth)))
         rows = [round((top - column.mean()) / max(top - bottom, 1e-9) * (height - 1)) for column in columns]
         lines = ["".join("*" if row == y else " " for row in rows).rstrip() for y in range(height)]
         lines = [f"{top - y / (height - 1) * (top - bottom):8.3f} |{line}" for y, line in enumerate(lines)]
-        lines.append(f"{'loss':>8}  {self.rates[0]:<.0e}{'learning rate, geometric':^{len(rows) - 10}}{self.rates[-1]:>.0e}")
+        lines.append(f"{'loss':>8}  {self.rates[0]:<.0e}{'  learning rate, geometric  ':^{max(0, len(rows) - 10)}}{self.rates[-1]:>.0e}")
         if self.biggest is None:
             lines.append(f"No blow-up up to {self.rates[-1]:.2g}: raise --high.")
         else:
@@ -125,7 +126,7 @@ class RangeTest:
         for rate, words in ((self.biggest, "the biggest that does not blow up"), (self.recommended, "recommended")):
             if rate is not None:
                 axes.axvline(rate, ls="--", color="C1" if rate == self.biggest else "C2", label=f"{rate:.2g}: {words}")
-        axes.set(xscale="log", xlabel="optimizer.lr", ylabel="loss", ylim=(min(self.smooth) - 0.2, 1.1 * self.smooth[0]))
+        axes.set(xscale="log", xlabel="optimizer.lr", ylabel="loss", ylim=(self.smooth[self.lowest] - 0.2, 1.1 * self.smooth[0]))
         axes.legend(frameon=False, fontsize=8)
 
 
@@ -145,6 +146,8 @@ def range_test(config: configs.Config, plugins: Registry, low: float, high: floa
     for step in range(steps):
         rate = low * (high / low) ** (step / (steps - 1))
         loss, _ = trial.step(step, rate / lr)
+        if step == 0 and not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} before the first step, so that no rate can be to blame.")
         mean = 0.9 * mean + 0.1 * loss
         test.rates.append(rate)
         test.losses.append(loss)
@@ -259,7 +262,7 @@ def batch_text(tried: Sequence[Measured], up_to: int, limit: float | None) -> st
         speed = f"{m.tokens_per_second:,.0f}" if m.fits else "does not fit"
         lines.append(f"{m.rows:>8}{speed:>14}{'' if m.memory is None else f'{m.memory / 2**30:.2f}':>11}")
     fitting = [m for m in tried if m.fits]
-    within = "" if limit is None else f" in {limit / 2**30:.1f} GiB (--memory)"
+    within = "" if limit is None else f" in {limit / 2**30:.3g} GiB (--memory)"
     if not fitting:
         return "\n".join([*lines, f"Not even one row fits{within}."])
     largest, fastest = fitting[-1], max(fitting, key=lambda m: m.tokens_per_second)
