@@ -36,6 +36,8 @@ def test_a_range_test_that_blows_up_at_once_has_a_curve():
     test = RangeTest([1.0, 30.0, 1000.0], [5.0, 4.0, math.nan], [5.0, 4.5, math.nan])
     assert "1e+00  learning rate, geometric  1e+03" in test.text()
     assert (test.biggest, test.recommended) == (30, 3)  # of the steps that have a loss
+    risen = RangeTest([1.0, 30.0], [5.0, 9.0], [5.0, 7.1])
+    assert risen.biggest is None and risen.text().endswith("The loss never fell from 1 on: lower --low.")
 
 
 def test_a_range_test_of_a_training(tiny, tmp_path, capsys):

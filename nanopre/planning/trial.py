@@ -85,7 +85,9 @@ class RangeTest:
 
     @property
     def biggest(self) -> float | None:
-        """The last rate before the loss has lost a fifth of what it had gained; None: it never did."""
+        """The last rate before the loss has lost a fifth of what it had gained; None: it never did, or had gained nothing."""
+        if self.lowest == 0:
+            return None
         limit = self.smooth[self.lowest] + BLOWN * (self.smooth[0] - self.smooth[self.lowest])
         after = (i for i in range(self.lowest, len(self.rates)) if not self.smooth[i] <= limit)
         step = next(after, None)
@@ -106,6 +108,8 @@ class RangeTest:
         lines = ["".join("*" if row == y else " " for row in rows).rstrip() for y in range(height)]
         lines = [f"{top - y / (height - 1) * (top - bottom):8.3f} |{line}" for y, line in enumerate(lines)]
         lines.append(f"{'loss':>8}  {self.rates[0]:<.0e}{'  learning rate, geometric  ':^{max(0, len(rows) - 10)}}{self.rates[-1]:>.0e}")
+        if self.lowest == 0:
+            return "\n".join([*lines, f"The loss never fell from {self.rates[0]:.2g} on: lower --low."])
         if self.biggest is None:
             lines.append(f"No blow-up up to {self.rates[-1]:.2g}: raise --high.")
         else:
