@@ -143,6 +143,10 @@ def test_a_design_is_told_and_written(base, tmp_path, capsys):
         (["--sizes=1"], "argument --sizes: 1 must be at least 2"),
         (["--size-ratio=1.1"], "--size-ratio: two of the sizes, near .* are the same model"),
         (["--launch=torchrun train.py"], r"--launch 'torchrun train.py': lacks the words \{train\} and \{config\}"),
+        (["--launch=python '{train} {config}"], "--launch .*: no closing quotation; quote its words as a shell does"),
+        (["--span=1.1", "--budgets=9"], "--span: two budgets near .* FLOPs would have one name; raise it, or lower --budgets"),
+        (["--schedule.decay_fraction=1"], "schedule.decay_fraction = 1: leaves no steps at a constant rate; lower it"),
+        (["--out=/dev/null/s"], r"--out /dev/null/s: can't be written \("),
         (["--approach=kaplan"], "invalid choice: 'kaplan'"),
     ],
 )

@@ -121,7 +121,7 @@ def design(config: configs.Config, rungs: Sequence[tuple[float, list[float]]], c
     The width changes, the learning rate does not: muP carries it over from the config's width (nanopre.model). The warm-up is
     the config's, or a tenth of the size's shortest run where that is less: one that is too long for small runs bends the
     law (Porian et al., 2024, section 3.3).
-    Raises UserError where a run is too short or two sizes are one model.
+    Raises UserError where a run is too short, never has a constant rate, or has the name or the model of another.
     """
     if config.init_from:
         raise UserError(
@@ -148,6 +148,8 @@ def design(config: configs.Config, rungs: Sequence[tuple[float, list[float]]], c
         schedule = {**base["schedule"], "name": "wsd", "warmup_steps": min(base["schedule"]["warmup_steps"], steps[0] // 10)}
         for budget, n in zip(budgets, steps, strict=True):
             point = f"{size.name}-{budget:.2g}".replace("e+", "e")
+            if any(other.name == point for other in size.points):
+                raise UserError(f"--span: two budgets near {budget:.2g} FLOPs would have one name; raise it, or lower --budgets.")
             table = {
                 **base,
                 "name": point,
@@ -158,19 +160,26 @@ def design(config: configs.Config, rungs: Sequence[tuple[float, list[float]]], c
                 "checkpoint": {**base["checkpoint"], "keep_last": 1, "keep_best": False},
             }
             size.points.append(Point(point, n, table))
+        if size.points[0].trunk_steps < 1:
+            raise UserError(
+                f"schedule.decay_fraction = {schedule['decay_fraction']:g}: leaves no steps at a constant rate; lower it."
+            )
         sizes.append(size)
     return Design(sizes, tokens_per_step, corpus.train.n_tokens)
 
 
 def write(plan: Design, out: Path) -> None:
-    """A TOML for each point, in `out`. Raises UserError where another sweep is there."""
+    """A TOML for each point, in `out`. Raises UserError where another sweep is there, or it can't be written."""
     texts = {f"{point.name}.toml": tomli_w.dumps(point.table) for size in plan.sizes for point in size.points}
-    there = {file.name: file.read_text(encoding="utf-8") for file in out.glob("*.toml")}
-    if there and there != texts:
-        raise UserError(f"--out {out}: holds another sweep; name a new folder, or repeat the command that made this one.")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (out / name).write_text(text, encoding="utf-8")
+    try:
+        there = {file.name: file.read_text(encoding="utf-8") for file in out.glob("*.toml")}
+        if there and there != texts:
+            raise UserError(f"--out {out}: holds another sweep; name a new folder, or repeat the command that made this one.")
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (out / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: can't be written ({error.strerror}).") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,7 +194,10 @@ class Runner:
 
     def __init__(self, out: Path, train: Path, launch: str, jobs: int):
         self.out, self.jobs = out, jobs
-        self.launch = shlex.split(launch)
+        try:
+            self.launch = shlex.split(launch)
+        except ValueError as error:
+            raise UserError(f"--launch {launch!r}: {str(error).lower()}; quote its words as a shell does.") from None
         if "{train}" not in self.launch or "{config}" not in self.launch:
             raise UserError(
                 f"--launch {launch!r}: lacks the words {{train}} and {{config}}, as in 'python {{train}} {{config}}'."
