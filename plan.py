@@ -32,7 +32,7 @@ from nanopre import (
 from nanopre.distributed import World
 from nanopre.planning import budget, layouts, memory, preview, proposal, recipe, report, scaling, shape, sweep, trial, upscale
 from nanopre.planning.laws import PUBLISHED
-from nanopre.planning.runs import Runs, read_runs
+from nanopre.planning.runs import Runs, measured_seconds, read_runs
 from nanopre.plugins import Registry, load_plugins, nearest
 
 HERE = Path(__file__).parent
@@ -525,7 +525,7 @@ def run_layout(a: argparse.Namespace) -> tuple[dict, str]:
 def calibrated(run: Path, accelerator: accelerators.Accelerator) -> float:
     """The efficiency of a run. How many GPUs it had follows from its MFU; without one, on a CPU, it was one process."""
     config, plugins = configs.load(run / "config.toml")
-    seconds, mfu = preview.measured_seconds(run)
+    seconds, mfu = measured_seconds(run)
     flops = config.train.batch_size * cost.flops(preview.shape(config).config, preview.example(config))
     gpus = max(1, round(flops / seconds / mfu / accelerator.peak_flops)) if mfu else 1
     return layouts.calibrate(config, plugins, accelerator, gpus, seconds, f"--calibrate {run}")

@@ -255,14 +255,17 @@ def padded_vocabulary(n_vocab: int) -> int:
 def build_model(config: Config, tokenizer) -> nn.Module:
     """The configured model, as the objective needs it, with its first weights, on the CPU. Raises UserError where the
     objective is not for this architecture."""
-    model = config.model.build(padded_vocabulary(tokenizer.n_vocab), config.train.seq_len)
+    model = adapted(config, config.model.build(padded_vocabulary(tokenizer.n_vocab), config.train.seq_len))
+    initialise(model, config.seed)
+    return model
+
+
+def adapted(config: Config, model: nn.Module) -> nn.Module:
+    """The model with what the objective adds to it. Raises UserError where the objective is not for this architecture."""
     fitting = getattr(config.objective, "architectures", None)
     if fitting and model.config.architecture not in fitting:
         raise UserError(
-            f"objective.name = {config.objective._plugin_name} is for an {' or '.join(fitting)}; "
-            f"model.name = {config.model._plugin_name} is an {model.config.architecture}."
+            f"objective.name = {config.objective._plugin_name} is for {' or '.join(f'{kind}s' for kind in fitting)}; "
+            f"the models of model.name = {config.model._plugin_name} are {model.config.architecture}s."
         )
-    if hasattr(config.objective, "adapt"):
-        model = config.objective.adapt(model)
-    initialise(model, config.seed)
-    return model
+    return config.objective.adapt(model) if hasattr(config.objective, "adapt") else model

@@ -344,5 +344,5 @@ def test_labels_that_no_class_has_are_refused():
 
 
 def test_a_decoder_is_refused(reviews, tiny):
-    with pytest.raises(UserError, match="objective.name = classify is for an encoder; model.name = llama"):
+    with pytest.raises(UserError, match="objective.name = classify is for encoders; the models of model.name = llama are"):
         train.main([*tiny, "--objective.name=classify", "--objective.label=kind", f"--data.corpus={reviews}"])

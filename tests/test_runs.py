@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import read_log
 
 import train
 from nanopre import UserError, checkpoint
-from nanopre.planning.runs import Runs, read_runs
+from nanopre.planning.runs import Runs, last_loss, read_runs
 
 
 def table(folder: Path, text: str, name: str = "points.csv") -> Path:
@@ -131,7 +132,22 @@ def test_a_run_that_train_made(tiny, tmp_path):
     assert list(read_runs([run_dir / "log.jsonl"], metric="loss").loss) == [line["loss"] for line in steps]
     sentence = refused([run_dir], metric="val_los")
     assert sentence == f"{run_dir / 'log.jsonl'}: no line has val_los; did you mean val_loss?"
-    # A skipped step has no finite loss, which JSON writes as NaN.
-    log = (run_dir / "log.jsonl").read_text()
-    (run_dir / "log.jsonl").write_text(log + json.dumps({"step": 24, "val_loss": float("nan")}) + "\n")
-    assert len(read_runs([run_dir])) == 4
+    assert refused([run_dir.parent]).endswith(f"(it has no log.jsonl); of those in it say {run_dir.parent}/*.")
+    # A skipped step has no finite loss, which JSON writes as NaN; a killed run has half of a last line.
+    file, log = run_dir / "log.jsonl", (run_dir / "log.jsonl").read_text()
+    file.write_text(log + json.dumps({"step": 24, "val_loss": float("nan")}) + '\n{"step": 25, "lo')
+    assert len(read_runs([run_dir])) == 4 and last_loss(file) is None
+    for line, sentence in (
+        ('{"val_loss": 4}', "has no step; it is none of a run that train.py made."),
+        ('{"step": 24, "val_loss": "x"}', "loss is 'x'; it must be a number."),
+        ('{"step": 24, "val_loss": null}', "loss is None; it must be a number."),
+        ('{"step": 25, "tokens": null}', "tokens is None; it must be a number."),
+        ('{"step": ', "not JSON (Expecting value)."),
+    ):
+        file.write_text(log + line + "\n")
+        assert refused([run_dir]) == f"{file}, line {len(log.splitlines()) + 1}: {sentence}"
+        if "tokens" not in line:  # which a last loss needs not
+            with pytest.raises(UserError, match=re.escape(sentence)):
+                last_loss(file)
+    file.write_bytes(b"\xff\xfe\n")
+    assert refused([run_dir]).startswith(f"{file}: not a log of text")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from statistics import median
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +9,7 @@ from torch import Tensor
 from nanopre import UserError, checkpoint
 from nanopre.config import Config
 from nanopre.data import Split
+from nanopre.distributed import adapted, padded_vocabulary
 from nanopre.model import Transformer
 from nanopre.tokenizer import SPECIAL_TOKENS, bytes_tokenizer
 
@@ -34,15 +31,17 @@ def vocabulary(config: Config) -> tuple[int, str]:
         )
     else:
         n, source = {"bytes": 256, "gpt2": 50_256}[t.name] + len(SPECIAL_TOKENS), f'tokenizer.name = "{t.name}"'
-    padded = -(-n // 64) * 64
+    padded = padded_vocabulary(n)
     return padded, source if padded == n else f"{source}, padded from {n:,}"
 
 
-def shape(config: Config) -> Transformer:
-    """The config's model on the device "meta": its parameters have shapes, and no numbers."""
+def shape(config: Config, n_rows: int = 0) -> Transformer:
+    """The config's model, as its objective needs it, on the device "meta": its parameters have shapes, and no numbers.
+
+    n_rows: of the embedding; 0: those of `vocabulary`. Raises UserError where the objective is not for this architecture.
+    """
     with torch.device("meta"):
-        model = config.model.build(vocab_size=vocabulary(config)[0], seq_len=config.train.seq_len)
-        return config.objective.adapt(model) if hasattr(config.objective, "adapt") else model
+        return adapted(config, config.model.build(n_rows or vocabulary(config)[0], config.train.seq_len))
 
 
 def example(config: Config) -> dict[str, Tensor]:
@@ -60,17 +59,3 @@ def example(config: Config) -> dict[str, Tensor]:
     objective.rows_per_epoch(split, T)
     batch = objective.batch(split, np.arange(1), T, config.seed)
     return {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in batch.items()}
-
-
-def measured_seconds(run: Path) -> tuple[float, float | None]:
-    """(seconds a step, MFU if it was noted) of a run: medians over the later half of its log.jsonl. Raises UserError."""
-    log = run / "log.jsonl"
-    try:
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        steps = [line for line in lines if "tokens_per_second" in line]
-        later = steps[len(steps) // 2 :]
-        speed = median(line["tokens_per_second"] for line in later)
-        per_step = later[-1]["tokens"] / later[-1]["step"]
-        return per_step / speed, median([line["mfu"] for line in later]) if "mfu" in later[-1] else None
-    except (OSError, ValueError, KeyError, ArithmeticError, IndexError) as error:
-        raise UserError(f"{log}: no steps to calibrate with ({error}).") from None

@@ -9,11 +9,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import StatisticsError, median
 
 import numpy as np
-import torch
 
 from nanopre import UserError, config as configs, cost
+from nanopre.distributed import padded_vocabulary
+from nanopre.planning import preview
 from nanopre.plugins import nearest
 from nanopre.tokenizer import Tokenizer
 
@@ -184,22 +186,66 @@ def _read_folder(path: Path, metric: str) -> Iterator[Record]:
     log = path / "log.jsonl"
     for file in (log, path / "config.toml", path / "tokenizer.json"):
         if not file.is_file():
-            raise UserError(f"{path}: not a run's folder (it has no {file.name}).")
+            inside = next(path.glob("*/log.jsonl"), None)
+            hint = f"; of those in it say {path}/*" if inside else ""
+            raise UserError(f"{path}: not a run's folder (it has no {file.name}){hint}.")
     sizes = run_sizes(path)
     tokens: dict[int, tuple[float, float]] = {}  # by step: an evaluation's line has none
     found, seen = 0, set()
-    with open(log, encoding="utf-8") as file:
-        for line, row in _json_rows(file, log):
-            seen |= row.keys()
-            if "tokens" in row:
-                tokens[row["step"]] = row["tokens"], row["tokens"] / max(1.0, row.get("epoch", 0.0))
-            if metric in row and row["step"] in tokens and math.isfinite(row[metric]):  # a skipped step's loss may be nan
-                found += 1
-                seen_tokens, unique = tokens[row["step"]]
-                point = {"tokens": seen_tokens, "unique_tokens": unique, "loss": row[metric], "run": path.name}
-                yield f"{log}, line {line}", {**sizes, **point}
+    for line, row in read_log(log):
+        seen |= row.keys()
+        where, step = f"{log}, line {line}", row["step"]
+        if "tokens" in row:
+            total, epoch = (_number(row.get(key, 1.0), where, key, True) for key in ("tokens", "epoch"))
+            tokens[step] = total, total / max(1.0, epoch)
+        if metric in row and step in tokens and not _is_lost(row[metric]):
+            found += 1
+            seen_tokens, unique = tokens[step]
+            point = {"tokens": seen_tokens, "unique_tokens": unique, "loss": row[metric], "run": path.name}
+            yield where, {**sizes, **point}
     if not found:
         raise UserError(f"{log}: no line has {metric}; {nearest(metric, [name for name in seen if 'loss' in name])}")
+
+
+def read_log(log: Path) -> Iterator[tuple[int, dict]]:
+    """(number, record) of each line of a run's log.jsonl. Raises UserError for what train.py does not write."""
+    try:
+        with open(log, encoding="utf-8") as file:
+            # A run that is under way, or was killed, may have written half of its last line.
+            for number, row in _json_rows((line for line in file if line.endswith("\n")), log):
+                if not isinstance(row.get("step"), int):
+                    raise UserError(f"{log}, line {number}: has no step; it is none of a run that train.py made.")
+                yield number, row
+    except OSError as error:
+        raise UserError(f"{log}: can't be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{log}: not a log of text ({error}).") from None
+
+
+def last_loss(log: Path) -> float | None:
+    """The last validation loss of a run's log.jsonl; None where there is none, or it is not finite."""
+    line, loss = 0, math.nan
+    for number, row in read_log(log):
+        line, loss = (number, row["val_loss"]) if "val_loss" in row else (line, loss)
+    return None if _is_lost(loss) else _number(loss, f"{log}, line {line}", "val_loss", True)
+
+
+def _is_lost(value: object) -> bool:
+    """A loss of a model that is lost, which log.jsonl has as NaN or Infinity."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def measured_seconds(run: Path) -> tuple[float, float | None]:
+    """(seconds a step, MFU if it was noted) of a run: medians over the later half of its log.jsonl. Raises UserError."""
+    log = run / "log.jsonl"
+    steps = [row for _, row in read_log(log) if "tokens_per_second" in row]
+    later = steps[len(steps) // 2 :]
+    try:
+        speed = median(row["tokens_per_second"] for row in later)
+        per_step = later[-1]["tokens"] / later[-1]["step"]
+        return per_step / speed, median([row["mfu"] for row in later]) if "mfu" in later[-1] else None
+    except (TypeError, KeyError, ArithmeticError, IndexError, StatisticsError) as error:
+        raise UserError(f"{log}: no steps to calibrate with ({error}).") from None
 
 
 def run_sizes(path: Path) -> dict[str, float]:
@@ -210,10 +256,7 @@ def run_sizes(path: Path) -> dict[str, float]:
     """
     config, _ = configs.load(path / "config.toml")
     n_vocab = Tokenizer.load(path / "tokenizer.json").n_vocab
-    with torch.device("meta"):
-        model = config.model.build(vocab_size=-(-n_vocab // 64) * 64, seq_len=config.train.seq_len)
-        if hasattr(config.objective, "adapt"):
-            model = config.objective.adapt(model)
+    model = preview.shape(config, padded_vocabulary(n_vocab))
     params = sum(p.numel() for p in model.parameters())
     return {
         "params": params,

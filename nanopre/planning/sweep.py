@@ -9,7 +9,6 @@ of a run of its own from the first step, which each point's TOML describes: a sa
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import shlex
@@ -26,6 +25,7 @@ import tomli_w
 
 from nanopre import UserError, checkpoint, config as configs, corpus as corpora, cost
 from nanopre.model import ModelConfig
+from nanopre.planning.runs import read_log
 from nanopre.planning.shape import scaled
 
 MIN_STEPS = 50  # of a run: below, warm-up and decay are all there is
@@ -149,7 +149,9 @@ def design(config: configs.Config, rungs: Sequence[tuple[float, list[float]]], c
         for budget, n in zip(budgets, steps, strict=True):
             point = f"{size.name}-{budget:.2g}".replace("e+", "e")
             if any(other.name == point for other in size.points):
-                raise UserError(f"--span: two budgets near {budget:.2g} FLOPs would have one name; raise it, or lower --budgets.")
+                raise UserError(
+                    f"--span: two budgets near {budget:.2g} FLOPs would have one name; raise it, or lower --budgets."
+                )
             table = {
                 **base,
                 "name": point,
@@ -219,6 +221,9 @@ class Runner:
             try:
                 for future in as_completed(futures):
                     future.result()
+            except KeyboardInterrupt:
+                print("stopping as soon as what runs is saved; the same command goes on from there", flush=True)
+                raise
             finally:
                 self.stopping = True
                 for process in list(self.processes):
@@ -296,10 +301,9 @@ class Runner:
 def final_loss(folder: Path, steps: int) -> float | None:
     """The run's validation loss after its last step; None: it is not there yet. A trunk is evaluated at its branches, too:
     no points, since its rate is still at the peak there."""
-    file = folder / "log.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    records = [json.loads(line) for line in lines if '"val_loss"' in line]
-    return next((record["val_loss"] for record in reversed(records) if record["step"] == steps), None)
+    log = folder / "log.jsonl"
+    records = [record for _, record in read_log(log)] if log.exists() else []
+    return next((record["val_loss"] for record in records if "val_loss" in record and record["step"] == steps), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +311,8 @@ def final_loss(folder: Path, steps: int) -> float | None:
 
 
 def collect(plan: Design, out: Path) -> list[dict[str, Any]]:
-    """The points of all runs that are done, by the columns of Runs; written to points.csv. A `run` is a size."""
+    """The points of all runs that are done, by the columns of Runs. A `run` is a size. Those with a loss go to points.csv; of a
+    model that was lost in training it is None."""
     rows = []
     for size in plan.sizes:
         for point in size.points:
@@ -317,7 +322,7 @@ def collect(plan: Design, out: Path) -> list[dict[str, Any]]:
                 rows.append({
                     "params": size.params,
                     "tokens": tokens,
-                    "loss": loss,
+                    "loss": loss if math.isfinite(loss) else None,
                     "flops": 6.0 * size.params * tokens,
                     "run": size.name,
                     "unique_tokens": min(tokens, plan.unique_tokens),
@@ -330,21 +335,20 @@ def collect(plan: Design, out: Path) -> list[dict[str, Any]]:
         with open(out / "points.csv", "w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, list(rows[0]))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(row for row in rows if row["loss"] is not None)
     return rows
 
 
 def table(plan: Design, rows: Sequence[dict[str, Any]]) -> str:
     """The design, a line a run, with the losses that are there."""
-    losses = {(row["run"], row["tokens"]): row["loss"] for row in rows}
+    losses = {(row["run"], row["tokens"]): "lost" if row["loss"] is None else f"{row['loss']:.4f}" for row in rows}
     lines = [f"{'run':<22}{'N':>15}{'steps':>9}{'tokens':>17}{'D / N':>8}{'FLOPs':>10}{'loss':>9}"]
     for size in plan.sizes:
         for point in size.points:
             tokens = point.steps * plan.tokens_per_step
-            loss = losses.get((size.name, tokens))
             lines.append(
                 f"{point.name:<22}{size.params:>15,}{point.steps:>9,}{tokens:>17,}"
-                f"{tokens / size.params:>8.1f}{6.0 * size.params * tokens:>10.2e}{'' if loss is None else f'{loss:.4f}':>9}"
+                f"{tokens / size.params:>8.1f}{6.0 * size.params * tokens:>10.2e}{losses.get((size.name, tokens), ''):>9}"
             )
     lines.append(
         f"{plan.flops:.3g} FLOPs in all (6 N D, N with embeddings; a size's runs share their trunk); {len(rows)} runs are done."

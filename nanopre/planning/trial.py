@@ -107,7 +107,8 @@ class RangeTest:
         rows = [round((top - column.mean()) / max(top - bottom, 1e-9) * (height - 1)) for column in columns]
         lines = ["".join("*" if row == y else " " for row in rows).rstrip() for y in range(height)]
         lines = [f"{top - y / (height - 1) * (top - bottom):8.3f} |{line}" for y, line in enumerate(lines)]
-        lines.append(f"{'loss':>8}  {self.rates[0]:<.0e}{'  learning rate, geometric  ':^{max(0, len(rows) - 10)}}{self.rates[-1]:>.0e}")
+        axis = f"{'  learning rate, geometric  ':^{max(0, len(rows) - 10)}}"
+        lines.append(f"{'loss':>8}  {self.rates[0]:.0e}{axis}{self.rates[-1]:.0e}")
         if self.lowest == 0:
             return "\n".join([*lines, f"The loss never fell from {self.rates[0]:.2g} on: lower --low."])
         if self.biggest is None:
@@ -130,7 +131,8 @@ class RangeTest:
         for rate, words in ((self.biggest, "the biggest that does not blow up"), (self.recommended, "recommended")):
             if rate is not None:
                 axes.axvline(rate, ls="--", color="C1" if rate == self.biggest else "C2", label=f"{rate:.2g}: {words}")
-        axes.set(xscale="log", xlabel="optimizer.lr", ylabel="loss", ylim=(self.smooth[self.lowest] - 0.2, 1.1 * self.smooth[0]))
+        axes.set(xscale="log", xlabel="optimizer.lr", ylabel="loss")
+        axes.set_ylim(self.smooth[self.lowest] - 0.2, 1.1 * self.smooth[0])
         axes.legend(frameon=False, fontsize=8)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanopre import UserError, config as configs, cost
+from nanopre.planning.runs import last_loss
 from nanopre.planning.shape import scaled
 from nanopre.tokenizer import Tokenizer
 
@@ -25,7 +24,7 @@ class Best:
 
 
 def best(folders: Sequence[Path]) -> Best:
-    """The best of the runs in these folders, at any depth. Raises UserError where there is none."""
+    """The best of the runs in these folders, at any depth. Raises UserError where there is none, or a log can't be read."""
     files = [file for folder in folders for file in sorted(folder.rglob("log.jsonl"))]
     losses = {file.parent: loss for file in files if (loss := last_loss(file)) is not None}
     if not losses:
@@ -34,13 +33,6 @@ def best(folders: Sequence[Path]) -> Best:
     folder = min(losses, key=losses.get)
     config, _ = configs.load(folder / "config.toml")
     return Best(folder, losses[folder], len(losses), config)
-
-
-def last_loss(log: Path) -> float | None:
-    """The last validation loss of a log.jsonl; None where there is no finite one."""
-    records = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-    losses = [record["val_loss"] for record in records if "val_loss" in record]
-    return losses[-1] if losses and math.isfinite(losses[-1]) else None
 
 
 def upscaled(small: Best, params: float, tokens: float, name: str) -> tuple[dict[str, Any], str]:
@@ -64,8 +56,8 @@ def upscaled(small: Best, params: float, tokens: float, name: str) -> tuple[dict
     table |= {"name": name, "model": model, "train": {**table["train"], "steps": steps}}
     lines = [
         f"{small.folder} is the best of {small.of} runs: validation loss {small.loss:.4f}, width {config.model.d_model}.",
-        f"The big model: {total:,} parameters, {settings.n_layers} layers of width {settings.d_model}, {settings.n_heads} "
-        f"heads; {steps:,} steps of {rows * table['train']['seq_len']:,} tokens.",
+        f"The big model: {total:,} parameters ({total / params - 1:+.1%}), {settings.n_layers} layers of width "
+        f"{settings.d_model}, {settings.n_heads} heads; {steps:,} steps of {rows * table['train']['seq_len']:,} tokens.",
         f"muP carries the learning rate, the first weights and the schedule over from width {base} (Yang et al., 2022, table "
         "1). Batch size, weight decay and dropout stay as they are: of them, and of depth, it says nothing.",
     ]
