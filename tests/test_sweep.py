@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -133,6 +135,20 @@ def test_a_design_is_told_and_written(base, tmp_path, capsys):
     assert run_plan(capsys, *command) == text
     with pytest.raises(UserError, match="holds another sweep"):
         plan.main([*map(str, command), "--span=5"])
+
+
+def test_a_model_that_was_lost_is_no_point(base, tmp_path, capsys):
+    command = ["sweep", base, *DESIGN, f"--out={tmp_path}/s"]
+    run_plan(capsys, *command)
+    for i, file in enumerate(sorted((tmp_path / "s").glob("*.toml"))):
+        config, _ = configs.load(file)
+        (folder := tmp_path / "s" / "runs" / config.name).mkdir(parents=True)
+        loss = 5 + 0.1 * i if i else math.nan
+        (folder / "log.jsonl").write_text(json.dumps({"step": config.train.steps, "val_loss": loss}) + "\n")
+    points = json.loads(run_plan(capsys, *command, "--json"), parse_constant=pytest.fail)["points"]
+    assert len(points) == 9 and [point["loss"] for point in points].count(None) == 1
+    assert len(list(csv.DictReader(open(tmp_path / "s" / "points.csv")))) == 8
+    assert len(re.findall("lost$", run_plan(capsys, *command), re.MULTILINE)) == 1
 
 
 @pytest.mark.parametrize(
