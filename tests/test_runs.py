@@ -78,6 +78,8 @@ HEAD = "params,tokens,loss\n"
         ("a.jsonl", '{"params": 1}\n{"params": \n', {}, "line 1: there is no column tokens"),
         ("a.jsonl", '\n{"params": \n', {}, "line 2: not JSON (Expecting value)."),
         ("a.jsonl", "[1]\n", {}, 'line 1: not an object like {"params": 1e6, "tokens": 1e8, "loss": 4.2}.'),
+        ("a.jsonl", '{"params": 1, "tokens": 1, "loss": true}\n', {}, "line 1: loss is True; it must be a number."),
+        ("a.csv", "params,tokens,loss,embedding_params\n1,1,1,1\n", {}, "line 2: embedding_params is 1; it must be below"),
         ("a.txt", "", {}, "neither a run's folder nor a .csv or .jsonl file."),
     ],
 )
@@ -86,8 +88,14 @@ def test_a_table_that_can_not_be_right(tmp_path, name, text, options, sentence):
     assert said.startswith(str(tmp_path / name)) and sentence in said
 
 
+def test_columns_after_blanks_embeddings_of_none_and_a_file_named_twice(tmp_path):
+    path = table(tmp_path, "params, tokens, loss, outside\n1e6, 1e8, 3, 0\n")
+    runs = read_runs([path, path], {"embedding_params": "outside"})
+    assert list(runs.tokens) == [1e8] and list(runs.embedding_params) == [0]
+
+
 def test_what_is_no_table(tmp_path):
-    assert refused([tmp_path / "none.csv"]) == f"{tmp_path / 'none.csv'}: can't be read (No such file or directory)."
+    assert refused([tmp_path / "none"]) == f"{tmp_path / 'none'}: there is no such file or folder."
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
     assert refused([tmp_path / "binary.csv"]).startswith(f"{tmp_path / 'binary.csv'}: not a table of text")
     assert refused([tmp_path]) == f"{tmp_path}: not a run's folder (it has no log.jsonl)."

@@ -117,35 +117,41 @@ def read_runs(paths: Sequence[str | Path], columns: Mapping[str, str] | None = N
     if not paths:
         raise UserError("there are no runs; name folders of runs, or .csv or .jsonl files.")
     values: dict[str, list] = {name: [] for name in known}
-    for path in map(Path, paths):
-        if path.name == "log.jsonl":
-            path = path.parent
+    files = (path.parent if path.name == "log.jsonl" else path for path in map(Path, paths))
+    for path in dict.fromkeys(files):  # one that is named twice does not count twice
         records = _read_folder(path, metric) if path.is_dir() else _read_file(path, columns)
         for i, (where, record) in enumerate(records):
             for name in known:
                 if name == "run":
                     values[name].append(f"{path}:{record[name] if record.get(name) not in (None, '') else i}")
                 else:
-                    values[name].append(_number(record.get(name), where, columns.get(name, name), name in NEEDED))
+                    column, zero = columns.get(name, name), name == "embedding_params"
+                    values[name].append(_number(record.get(name), where, column, name in NEEDED, zero))
+            if (embeddings := values["embedding_params"][-1]) >= (params := values["params"][-1]):
+                raise UserError(f"{where}: embedding_params is {embeddings:g}; it must be below params, {params:g}.")
     if not values["params"]:
         raise UserError(f"{', '.join(map(str, paths))}: there is no point in it.")
     return Runs(**{name: np.array(column) for name, column in values.items()})
 
 
-def _number(value: object, where: str, column: str, needed: bool) -> float:
-    """A number above zero; nan where there is none and none is needed."""
+def _number(value: object, where: str, column: str, needed: bool = True, zero: bool = False) -> float:
+    """A number above zero, or with `zero` not below; nan where there is none and none is needed."""
     if value in (None, "") and not needed:
         return math.nan
     try:
+        if isinstance(value, bool):  # of which Python would make 0 or 1
+            raise ValueError
         number = float(value)
     except (TypeError, ValueError):
         raise UserError(f"{where}: {column} is {value!r}; it must be a number.") from None
-    if not 0 < number < math.inf and not (column == "embedding_params" and number == 0):
+    if not 0 < number < math.inf and not (zero and number == 0):
         raise UserError(f"{where}: {column} is {value}; it must be above zero and finite.")
     return number
 
 
 def _read_file(path: Path, columns: dict[str, str]) -> Iterator[Record]:
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or folder.")
     if path.suffix not in (".csv", ".jsonl"):
         raise UserError(f"{path}: neither a run's folder nor a .csv or .jsonl file.")
     try:
@@ -164,7 +170,7 @@ def _read_file(path: Path, columns: dict[str, str]) -> Iterator[Record]:
 
 
 def _csv_rows(file) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(file)
+    reader = csv.DictReader(file, skipinitialspace=True)
     for row in reader:
         yield reader.line_num, {key: value for key, value in row.items() if key is not None}
 
@@ -196,7 +202,7 @@ def _read_folder(path: Path, metric: str) -> Iterator[Record]:
         seen |= row.keys()
         where, step = f"{log}, line {line}", row["step"]
         if "tokens" in row:
-            total, epoch = (_number(row.get(key, 1.0), where, key, True) for key in ("tokens", "epoch"))
+            total, epoch = (_number(row.get(key, 1.0), where, key) for key in ("tokens", "epoch"))
             tokens[step] = total, total / max(1.0, epoch)
         if metric in row and step in tokens and not _is_lost(row[metric]):
             found += 1
@@ -227,7 +233,7 @@ def last_loss(log: Path) -> float | None:
     line, loss = 0, math.nan
     for number, row in read_log(log):
         line, loss = (number, row["val_loss"]) if "val_loss" in row else (line, loss)
-    return None if _is_lost(loss) else _number(loss, f"{log}, line {line}", "val_loss", True)
+    return None if _is_lost(loss) else _number(loss, f"{log}, line {line}", "val_loss")
 
 
 def _is_lost(value: object) -> bool:
