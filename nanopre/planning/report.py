@@ -63,10 +63,20 @@ def estimates(fit: Fit) -> list[tuple[str, str]]:
 
 
 def resamples(fit: Fit) -> str:
+    """How many resamples a law's intervals are from."""
     if not fit.samples:
         return "no bootstrap, so no intervals" if not fit.failed else f"none of {fit.failed} resamples could be fitted"
     failed = f", {fit.failed} more could not be fitted" if fit.failed else ""
     return f"in brackets: 95% intervals of {len(fit.samples)} resamples of the runs{failed}"
+
+
+def resamples_of_all(fits: Sequence[Fit]) -> str:
+    """The same of laws that were fitted to the same resamples."""
+    if not (drawn := max(len(fit.samples) + fit.failed for fit in fits)):
+        return "no bootstrap, so no intervals"
+    failed = ", ".join(f"{fit.name} {fit.failed:,}" for fit in fits if fit.failed)
+    left_out = f", less those that could not be fitted ({failed})" if failed else ""
+    return f"in brackets: 95% intervals of {drawn:,} resamples of the runs{left_out}"
 
 
 def budget(runs: Runs, flops: float) -> str:
@@ -125,8 +135,8 @@ def comparison_text(fits: dict[str, Fit | str], runs: Runs, flops: float) -> str
     rows = comparison(fits, flops)
     whole = table([row for row in rows if len(row) > 2])
     reasons = [table([row for row in rows if len(row) == 2])] if any(len(row) == 2 for row in rows) else []
-    some = next((fit for fit in fits.values() if isinstance(fit, Fit)), None)
-    last = ["; ".join(filter(None, [resamples(some), spread(fits, flops)]))] if some else []
+    fitted = [fit for fit in fits.values() if isinstance(fit, Fit)]
+    last = ["; ".join(filter(None, [resamples_of_all(fitted), spread(fits, flops)]))] if fitted else []
     return "\n".join([describe_runs(runs), f"{budget(runs, flops)}:", "", whole, *reasons, "", *last])
 
 
