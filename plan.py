@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import math
 import sys
@@ -42,7 +43,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose errors are one sentence."""
 
     def error(self, message: str):
-        raise UserError(f"{message}; see --help.")
+        raise UserError(message if message.endswith(("?", ".")) else f"{message}; see --help.")
 
 
 def command_line() -> Parser:
@@ -52,6 +53,7 @@ def command_line() -> Parser:
     for add in (*of_runs, *of_configs, add_sweep, add_lr, add_batch, add_upscale):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
+        command.set_defaults(flags=[flag for action in command._actions for flag in action.option_strings])
     return parser
 
 
@@ -59,7 +61,8 @@ def main(argv: list[str]) -> None:
     parser = command_line()
     a, rest = parser.parse_known_args(argv)
     if not hasattr(a, "overrides") and rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        near = difflib.get_close_matches(rest[0].partition("=")[0], a.flags, n=1)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}" + (f"; did you mean {near[0]}?" if near else "; see --help."))
     a.overrides = rest
     with redirect_stdout(sys.stderr):  # what is said on the way
         result, text = a.run(a)
@@ -194,11 +197,10 @@ def analyzers(a: argparse.Namespace, plugins: Registry, names: list[str]) -> dic
         plugins.get("analyzer", name, "--analyzer")
         tables[name] = {"name": name}
     for text in a.option:
-        key, value, _ = configs.parse_override(f"--{text}")
-        name, dot, option = key.partition(".")
-        if not dot or name not in tables:
+        name, dot, option = text.partition("=")[0].partition(".")
+        if "=" not in text or not dot or name not in tables:
             raise UserError(f"--option {text}: it must be like {names[0]}.KEY=VALUE, with the name of {' or '.join(names)}.")
-        tables[name][option] = value
+        _, tables[name][option], _ = configs.parse_override(f"--{text}")
     try:
         return {name: configs.build_plugin(plugins, "analyzer", table, name) for name, table in tables.items()}
     except UserError as error:
