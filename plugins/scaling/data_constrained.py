@@ -28,8 +28,8 @@ class DataConstrainedFit:
     )
 
     def __post_init__(self):
-        if not self.unique_tokens >= 0:
-            raise ValueError(f"unique_tokens = {self.unique_tokens} must be at least 0")
+        if not 0 <= self.unique_tokens < np.inf:
+            raise ValueError(f"unique_tokens = {self.unique_tokens} must be at least 0 and finite")
 
     def fit(self, runs):
         # Rates of decay in epochs: from hardly any use of a repetition to one that is nearly as good as new.

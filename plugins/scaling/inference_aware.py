@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from nanopre import UserError, hookimpl
 from nanopre.planning import report
 from nanopre.planning.fitting import DELTA, fit_additive
@@ -24,10 +26,10 @@ class InferenceAwareFit:
     )
 
     def __post_init__(self):
-        if not self.inference_tokens >= 0:
-            raise ValueError(f"inference_tokens = {self.inference_tokens} must be at least 0")
-        if not self.reference_params > 0:
-            raise ValueError(f"reference_params = {self.reference_params} must be above 0")
+        if not 0 <= self.inference_tokens < np.inf:
+            raise ValueError(f"inference_tokens = {self.inference_tokens} must be at least 0 and finite")
+        if not 0 < self.reference_params < np.inf:
+            raise ValueError(f"reference_params = {self.reference_params} must be above 0 and finite")
 
     def fit(self, runs):
         if not self.inference_tokens:
