@@ -91,10 +91,13 @@ def read_law(source: str, plugins: Registry, where: str = "--law") -> Fit:
         def build(numbers: dict[str, float | None]) -> Law:
             return law(**{name: math.nan if number is None else float(number) for name, number in numbers.items()})
 
+        estimated = build(table["estimates"])
+        if not 0 < estimated.allocate(1e20).params < math.inf:
+            raise ValueError("there is no best model by its estimates")
         columns = table["bootstrap"]
         samples = [build(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
         return Fit(
-            build(table["estimates"]),
+            estimated,
             table["analyzer"],
             table["definition"],
             table["options"],
@@ -106,7 +109,7 @@ def read_law(source: str, plugins: Registry, where: str = "--law") -> Fit:
         raise UserError(
             f"{where}: {source} is neither a published law nor a file of one; {nearest(source, list(PUBLISHED))}"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{where}: {path} is not what plan.py fit --out writes ({type(error).__name__}: {error}).") from None
 
 
