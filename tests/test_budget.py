@@ -120,6 +120,35 @@ def test_tokens_that_repeat_are_spent_as_brute_force_spends_them(budget):
     assert said["run"]["tokens"] == pytest.approx(said["chosen"]["tokens"], rel=0.03)
 
 
+def test_tokens_that_the_law_was_told_of_are_those_available(budget, tmp_path):
+    numbers = {"A": 521.0, "B": 1488.0, "E": 1.87, "alpha": 0.35266, "beta": 0.35266, "R_D": 15.39, "R_N": 5.31}
+    said = []
+    for unique, flags in ((0.0, ("--tokens-available", 1e9)), (1e9, ())):
+        path = tmp_path / f"{unique:g}.json"
+        law_file(path, **numbers, unique_tokens=unique)
+        path.write_text(path.read_text().replace("parametric", "data_constrained"))
+        said.append(budget("--law", path, "--flops", 1e21, *flags))
+    assert said[0]["chosen"] == said[1]["chosen"] and said[0]["best"] == said[1]["best"] and said[0]["data"] == said[1]["data"]
+    assert said[0]["best"]["tokens"] > 10 * 1e9
+
+
+def test_a_law_that_pays_for_inference_is_not_asked_to_pay_twice(budget, tmp_path):
+    path = tmp_path / "law.json"
+    law_file(path, A=482.0, B=2085.0, E=1.8, alpha=0.348, beta=0.366, inference_tokens=1e12)
+    path.write_text(path.read_text().replace("parametric", "inference_aware"))
+    assert budget("--law", path, "--flops", 1e21)["chosen"]["params"] < 1e9
+    for flag in ("--inference-tokens", "--tokens-available"):
+        with pytest.raises(UserError, match=f"{flag}: the budget of --law pays for 1T tokens of inference; leave it out."):
+            budget("--law", path, "--flops", 1e21, flag, 1e12)
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": -1.0}, {"beta": 0.0}, {"A": 0.0}, {"A": math.nan}])
+def test_a_file_of_a_law_that_has_no_best_model_is_refused(budget, tmp_path, wrong):
+    law = law_file(tmp_path / "law.json", **({"A": 482.0, "B": 2085.0, "E": 1.8, "alpha": 0.348, "beta": 0.366} | wrong))
+    with pytest.raises(UserError, match="law.json is not what plan.py fit --out writes"):
+        budget("--law", law, "--flops", 1e20)
+
+
 def test_enough_tokens_change_nothing(budget):
     limited = budget("--flops", 1e20, "--tokens-available", 1e12)
     assert limited["chosen"] == budget("--flops", 1e20)["chosen"] and limited["data"]["epochs"] < 1

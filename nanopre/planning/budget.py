@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -76,12 +77,19 @@ def size(fit: Fit, flops: float, inference_tokens: float = 0.0, tokens_available
     """Parameters, tokens and loss for a budget, with intervals where they are known.
 
     inference_tokens: the model is used on so many: see `allocate`.
-    tokens_available: so many different ones.
+    tokens_available: so many different ones; inf: as many as there are by the law, or as it wants.
     Raises UserError for a law that can't answer, for more than MOST FLOPs, and for too few tokens where inference wants more.
     """
-
     if not flops <= MOST:
         raise UserError(f"a budget of {flops:.3g} FLOP: must be at most {MOST:g}.")
+    if isinstance(fit.law, InferenceAware) and (inference_tokens or math.isfinite(tokens_available)):
+        flag = "--inference-tokens" if inference_tokens else "--tokens-available"
+        paid = short(fit.law.inference_tokens)
+        raise UserError(f"{flag}: the budget of --law pays for {paid} tokens of inference; leave it out.")
+    if isinstance(fit.law, DataConstrained) and fit.law.unique_tokens:  # a limit is one, wherever it is said
+        tokens_available = min(tokens_available, fit.law.unique_tokens)
+        unlimited = [dataclasses.replace(law, unique_tokens=0.0) for law in (fit.law, *fit.samples)]
+        fit = dataclasses.replace(fit, law=unlimited[0], samples=unlimited[1:])
 
     def chosen(law: Law) -> Allocation:
         return Allocation(*map(float, allocate(law, flops, inference_tokens, tokens_available)))
