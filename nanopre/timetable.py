@@ -191,6 +191,7 @@ def picture(times: list[list[Slot]], file: str | Path, title: str) -> None:
     handles = [Patch(color=COLOURS[kind], label=names[kind]) for kind in names if kind in used]
     figure.legend(handles=handles, ncols=4, loc="outside lower center", frameon=False)
     try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         FigureCanvasAgg(figure).print_png(str(file))
     except OSError as error:
         raise UserError(f"{file}: can't be written ({error.strerror}).") from None

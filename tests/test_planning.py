@@ -414,11 +414,11 @@ def test_layout_as_a_user_asks_for_it_and_its_toml_is_taken(capsys, tmp_path):
 
 
 def test_schedule_as_a_user_asks_for_it(capsys, tmp_path):
-    text = plan_py(capsys, "schedule", "--schedule", "zero_bubble", "--png", tmp_path / "a.png")
+    text = plan_py(capsys, "schedule", "--schedule", "zero_bubble", "--png", tmp_path / "new" / "a.png")
     assert text.rstrip("\n") in (ROOT / "docs" / "parallel.md").read_text().replace("`zero_bubble`", "zero_bubble").replace(
         "8, 8, 8, 8\n\n```\n", "8, 8, 8, 8\n\n"
     )
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads(plan_py(capsys, "schedule", "--stages", 3, "--microbatches", 6, "--json"))
     assert result["bubble"] == pytest.approx(2 / 8) and result["held"] == [3, 2, 1]
     assert len(result["ranks"]) == 3 and len(result["ranks"][0]) == 12
@@ -439,7 +439,8 @@ def test_schedule_as_a_user_asks_for_it(capsys, tmp_path):
         (["layout", "CONFIG", "--gpu", "h100", "--objective.name=electra"], "objective.name = electra is for encoders;"),
         (["schedule", "--schedule", "1f2b"], 'parallel.pipeline.schedule: is "1f2b"; did you mean 1f1b?'),
         (["schedule", "--microbatches", "2"], "parallel.pipeline: 1f1b needs at least as many microbatches as ranks; take 4."),
-        (["schedule", "--png", "/nowhere/a.png"], "/nowhere/a.png: can't be written (No such file or directory)."),
+        (["memory", "CONFIG", "--gpu", "h100", "--train.seq_len=9999999"], "rows of at most 4,194,304 tokens."),
+        (["schedule", "--png", "/dev/null/a.png"], "/dev/null/a.png: can't be written ("),
         (["schedule", "--train.steps=1"], "unrecognized arguments: --train.steps=1; see --help."),
     ],
 )
