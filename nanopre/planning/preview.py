@@ -13,6 +13,8 @@ from nanopre.distributed import adapted, padded_vocabulary
 from nanopre.model import Transformer
 from nanopre.tokenizer import SPECIAL_TOKENS, bytes_tokenizer
 
+MOST_TOKENS = 2**22  # of a row: longer ones take minutes and gigabytes to make up
+
 
 def vocabulary(config: Config) -> tuple[int, str]:
     """(rows of the embedding, in words where the number is from), without tokenising anything. Raises UserError where only
@@ -45,14 +47,16 @@ def shape(config: Config, n_rows: int = 0) -> Transformer:
 
 
 def example(config: Config) -> dict[str, Tensor]:
-    """A row of the objective's batches, of random bytes, for its widths. Raises UserError for an objective that learns from
-    examples, whose widths are those of the examples."""
+    """A row of the objective's batches, of random bytes, for its widths. Raises UserError for rows that are too long to make up,
+    and for an objective that learns from examples, whose widths are those of the examples."""
     objective, T = config.objective, config.train.seq_len
     if hasattr(objective, "columns"):
         raise UserError(
             f"objective.name = {objective._plugin_name}: a plan is for pre-training, and this objective learns from examples; "
             "name one that learns from text."
         )
+    if T > MOST_TOKENS:
+        raise UserError(f"train.seq_len = {T}: a plan is for rows of at most {MOST_TOKENS:,} tokens.")
     n = 16 * (T + 8)
     tokens = np.random.default_rng(0).integers(0, 256, n).astype(np.uint16)
     split = Split(tokens, np.arange(0, n + 1, n // 4), np.arange(0, n + 1, 8), n, bytes_tokenizer())
