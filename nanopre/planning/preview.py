@@ -47,8 +47,8 @@ def shape(config: Config, n_rows: int = 0) -> Transformer:
 
 
 def example(config: Config) -> dict[str, Tensor]:
-    """A row of the objective's batches, of random bytes, for its widths. Raises UserError for rows that are too long to make up,
-    and for an objective that learns from examples, whose widths are those of the examples."""
+    """A row of the objective's batches, of random bytes, for its widths. Raises UserError for rows that are too long to make
+    up, and for an objective that learns from examples, whose widths are those of the examples."""
     objective, T = config.objective, config.train.seq_len
     if hasattr(objective, "columns"):
         raise UserError(
