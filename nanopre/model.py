@@ -208,6 +208,7 @@ def attend(
     bias: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    products: bool = False,
 ) -> Tensor:
     """Attention of T queries (B, H, T, D) to S keys and values (B, H_kv, S, D). Returns (B, H, T, D).
 
@@ -215,10 +216,11 @@ def attend(
     visible (B,), at least 1: of the first so many keys of its row every query sees each, behind it or not; a query that is
         not causal sees no others.
     bias (H, T, S) is added to the scores; scale: what the products are multiplied by, 1 / sqrt(D) if None.
+    products: plain products of matrices in training, in place of torch's fused kernel.
     """
     (B, H, T, D), (H_kv, S) = q.shape, k.shape[1:3]
     scale = D**-0.5 if scale is None else scale
-    if q.device.type != "cpu" or not q.requires_grad:
+    if not products or not q.requires_grad:
         plain = visible is None and bias is None
         mask = None
         if not (plain and (not causal or T == S or T == 1)):
@@ -231,7 +233,7 @@ def attend(
             is_causal=plain and causal and T == S and T > 1,
         )  # fmt: skip
     # On a CPU the backward pass of scaled_dot_product_attention is the slowest part of a small model's step. Plain products
-    # are faster, over 128 queries at a time so that half of the scores that causality hides are never made. What is added
+    # are faster there, over 128 queries at a time so that half of the scores that causality hides are never made. What is added
     # to the scores goes into the product as where its sums begin, which no backward pass visits: masked_fill instead, and
     # queries that are scaled before, take 1.2 to 1.45 times attention's time, 4% of a step.
     group = H // H_kv  # query heads that share keys and values: more queries of one head
@@ -258,6 +260,8 @@ def attend(
 class Attention(nn.Module):
     """Attention with separate query, key, value and output projections, each of which splits by heads: of a stream to
     itself ("causal" or "bidirectional") or to an encoder's output ("cross")."""
+
+    products = False  # see `attend`; chosen in machine.py
 
     def __init__(self, config: ModelConfig, kind: Literal["causal", "bidirectional", "cross"]):
         super().__init__()
@@ -299,7 +303,8 @@ class Attention(nn.Module):
                 q, k = rotate(q, table), rotate(k, table)
             if cache is not None:
                 k, v = cache.extend(k, v)  # (B, H_kv, S, D)
-        a = attend(q, k, v, self.kind == "causal", visible, bias, self.scale, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        a = attend(q, k, v, self.kind == "causal", visible, bias, self.scale, dropout, self.products)
         return self.out(a.transpose(1, 2).reshape(B, T, -1))
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:

@@ -181,6 +181,7 @@ def apply(layout: Layout, model: nn.Module, here: Machine, loss: Callable, confi
     share = config.train.batch_size // layout.data_size  # rows of the global batch on this rank,
     micro = config.train.micro_batch_size or share // _microbatches(layout)  # of which so many go through the model at once
     layout.autocast, layout.example = here.autocast, example
+    here.choose_attention(model)
     if layout.world.size > 1:
         layout.mesh = init_device_mesh(here.device.type, tuple(layout.sizes.values()), mesh_dim_names=DIMENSIONS)
     parts = wrapped = [model]
