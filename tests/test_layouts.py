@@ -41,6 +41,7 @@ UNEVEN = {
 ALL = {**MODELS, **UNEVEN}
 PIPELINE = {"pipeline": {"degree": 2, "microbatches": 4}}
 SHORT = {"pipeline": {"degree": 2, "microbatches": 2}}  # where more ranks send each other more
+SHORT_ZERO = {"pipeline": {**SHORT["pipeline"], "schedule": "zero_bubble"}}
 SEQUENCE = {"tensor": {"sequence_parallel": True}}
 FULL = {"activation_checkpointing": {"mode": "full"}}
 SELECTIVE = {"activation_checkpointing": {"mode": "selective"}}
@@ -73,6 +74,9 @@ LAYOUTS = {
     "fsdp 2 x tensor 2, sequence parallel": (4, {"fsdp": {}, **SEQUENCE}, 0),
     "fsdp 2 x tensor 2, selective and offload": (4, {"fsdp": {}, "tensor": {}, **SELECTIVE, "activation_offload": {}}, 0),
     "fsdp 2 x pipeline 2, accumulation": (4, {"fsdp": {}, **SHORT}, 2),
+    "fsdp 2 x interleaved 2": (4, {"fsdp": {}, "pipeline": {**SHORT["pipeline"], "schedule": "interleaved_1f1b"}}, 0),
+    "data 2 x zero bubble 2": (4, {"ddp": {}, **SHORT_ZERO}, 0),
+    "fsdp 2, stage 2, x zero bubble 2": (4, {"fsdp": {"reshard_after_forward": False}, **SHORT_ZERO}, 2),
     "1, selective": (1, SELECTIVE, 0),
     "1, full and offload": (1, {"activation_offload": {}, **FULL}, 4),
 }
@@ -270,10 +274,13 @@ def text(tmp_path_factory) -> Path:
 
 
 # Refused: two streams in a zero-bubble schedule, and 4 ranks for 2 heads of keys and values (test_parallel.py).
-REFUSED = {("t5", "zero bubble 2"), ("llama", "tensor 4")}
+REFUSED = {*(("t5", layout) for layout in LAYOUTS if "zero bubble" in layout), ("llama", "tensor 4")}
 # The whole table takes minutes; these few see what is particular to each strategy and model.
 QUICK = {
-    "gpt2": ["ddp 2, accumulation and full", "fsdp 2", "tensor 2", "gpipe 2", "1f1b 2", "zero bubble 2", "data 2 x pipeline 2"],
+    "gpt2": [
+        *("ddp 2, accumulation and full", "fsdp 2", "tensor 2", "gpipe 2", "1f1b 2"),
+        *("data 2 x pipeline 2", "data 2 x zero bubble 2"),
+    ],
     "llama": ["tensor 2, sequence parallel", "1f1b 2, accumulation and full"],
     "bert": ["ddp 2", "tensor 2", "interleaved 2", "fsdp 2, accumulation and full"],
     "t5": ["tensor 2, sequence parallel", "1f1b 2, accumulation and full"],
