@@ -3,6 +3,7 @@ and gradients as one process has."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import schedules
 from torch.distributed.tensor import DTensor
 
-from nanopre import checkpoint, config as configs, corpus as corpora, parallel as core
+from nanopre import checkpoint, config as configs, corpus as corpora, machine, parallel as core
 from nanopre.model import Transformer
 
 slow = pytest.mark.slow
@@ -107,7 +108,7 @@ def table(folder: str, cache: str, model: dict, objective: dict, parallel: dict,
 def run(folder: str, *settings, **options) -> None:
     """One rank of a training run with the config of `table`; each rank's gradients of the first step are left in the folder,
     by name. Further options: `resume` names a checkpoint of the run in the folder to go on from; `without` a cure to go
-    without.
+    without; `compiles`: on this machine compilation pays, as on a GPU.
     """
     import train
 
@@ -132,6 +133,9 @@ def run(folder: str, *settings, **options) -> None:
         patches.enter_context(mock.patch.object(core, "clip_gradients", clip_gradients))
         patches.enter_context(mock.patch.object(torch.nn.Module, "compile", compile_eagerly))
         patches.enter_context(mock.patch.object(Transformer, "init_std", larger))
+        if "compiles" in options:
+            choose = machine.choose
+            patches.enter_context(mock.patch.object(machine, "choose", lambda c: dataclasses.replace(choose(c), compile=True)))
         if "without" in options:
             patches.enter_context(CURES[options["without"]](plugins))
         if "resume" in options:
@@ -235,6 +239,12 @@ def test_muon_sees_whole_matrices(layout, deviation):
 @pytest.mark.parametrize("layout", ["fsdp 2 x tensor 2", "fsdp 2, accumulation and full", "tensor 2, selective"])
 def test_compiled_blocks_agree(layout, agrees):
     agrees("llama", *LAYOUTS[layout], train={"compile": "on"})
+
+
+@slow
+def test_zero_bubble_does_without_compiled_blocks(deviation):
+    losses, gradients = deviation("llama", *LAYOUTS["zero bubble 2"], compiles=True)
+    assert losses < 2e-5 and gradients < 1e-5
 
 
 def measured(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:

@@ -106,7 +106,8 @@ def enumerate_layouts(
     config: Config, plugins: Registry, gpus: int, n_blocks: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """(strategies, micro-batch size) of every layout: degrees that multiply to the GPUs, schedules, what is computed again,
-    ZeRO's stages 0 (ddp), 2 and 3 (fsdp). GPipe is left out: it takes as long as 1F1B and holds more."""
+    ZeRO's stages 0 (ddp), 2 and 3 (fsdp). GPipe is left out: it takes as long as 1F1B and holds more. So are zero-bubble
+    schedules whose blocks are computed again, which they do for each layer's weights anew."""
 
     def make(name: str, **options):
         given = config.parallel.get(name)
@@ -138,6 +139,8 @@ def enumerate_layouts(
             zeros = [{"ddp": make("ddp")}, *sharded] if data > 1 else [{}]
             for micro in divisors(share):
                 for pipeline, again, zero in product(pipelines(degree, share // micro), recomputations, zeros):
+                    if again and pipeline and pipeline["pipeline"].schedule == "zero_bubble":
+                        continue
                     yield {**pipeline, **tensors, **again, **zero, **rest}, micro
 
 

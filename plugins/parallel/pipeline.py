@@ -45,17 +45,34 @@ class Pipeline:
         """Raises ValueError where the model or batch does not fit the schedule."""
         n, stages = len(model.blocks), self.degree * self.stages_per_rank
         if stages > n:
-            degree = n // self.stages_per_rank
-            raise ValueError(f"{stages} stages are more than the model's {n} blocks; take a degree of at most {degree}")
+            fitting = (d for d in range(1, self.degree) if self.degree % d == 0 and d * self.stages_per_rank <= n)
+            fewer = f", or stages_per_rank = {n // self.degree}" if n >= self.degree else ""
+            problem = f"{stages} stages are more than the model's {n} block{'s' if n > 1 else ''}"
+            raise ValueError(f"{problem}; take degree = {max(fitting, default=1)}{fewer}")
         if self.schedule != "gpipe" and self.microbatches < self.degree:
             raise ValueError(f"{self.schedule} needs at least as many microbatches as ranks; take {self.degree}")
         if self.schedule in SEVERAL_STAGES and self.microbatches % self.degree:
             nearby = -(-self.microbatches // self.degree) * self.degree
             raise ValueError(f"{self.schedule} needs a multiple of {self.degree} microbatches; take {nearby}")
-        if self.schedule == "zero_bubble" and model.config.architecture == "encoder-decoder":
-            raise ValueError('zero_bubble can\'t run an encoder-decoder, which has two streams; take "interleaved_1f1b"')
+        if self.schedule == "zero_bubble":
+            self.check_halves(config, layout, model)
         if hasattr(config.objective, "evaluate"):
             raise ValueError(f"objective {config.objective._plugin_name} decodes as it evaluates, which stages can't")
+
+    def check_halves(self, config, layout: Layout, model: Transformer) -> None:
+        """Raises ValueError for what does not let a backward pass go in two halves, for a stage's inputs and for its weights:
+        the second half goes backward through the same graph again, from one layer after another."""
+        if model.config.architecture == "encoder-decoder":
+            raise ValueError('zero_bubble can\'t run an encoder-decoder, which has two streams; take "interleaved_1f1b"')
+        if getattr(layout.strategies.get("activation_checkpointing"), "mode", None) == "selective":
+            what = 'activation_checkpointing.mode = "selective", which lets it go through a block once'
+            raise ValueError(f'zero_bubble goes backward in two halves and can\'t have {what}; take "interleaved_1f1b"')
+        if getattr(layout.strategies.get("fsdp"), "reshard_after_forward", False):
+            needed = "parallel.fsdp.reshard_after_forward = false"  # a shard is not the parameter that the graph knows
+            raise ValueError(f'zero_bubble needs {needed}, to have gathered weights at hand; or take "interleaved_1f1b"')
+        if config.train.compile == "on":
+            why = "whose compiled backward pass is one piece"
+            raise ValueError(f'zero_bubble can\'t have train.compile = "on", {why}; take "off" or "auto"')
 
     def apply(self, parts: list[nn.Module], layout: Layout) -> list[nn.Module]:
         (model,) = parts
@@ -87,6 +104,12 @@ class Pipeline:
         return mine
 
     def engine(self, parts: list[nn.Module], layout: Layout, loss: Callable, micro: int) -> Engine:
+        compiled = [module for part in parts for module in part.modules() if module._compiled_call_impl]
+        if self.schedule == "zero_bubble" and compiled:  # a GPU's "auto"
+            for module in compiled:
+                module._compiled_call_impl = None
+            if layout.world.rank == 0:
+                print("parallel.pipeline: blocks are not compiled, since zero_bubble takes their backward passes in halves")
         return Engine(self, parts, layout, loss, micro)
 
 
