@@ -55,6 +55,16 @@ def test_options_that_can_not_be_are_refused(strategies, sentence):
     assert refusal(2, parallel=strategies) == sentence
 
 
+@pytest.mark.parametrize("before, after", [("interleaved_1f1b", "1f1b"), ("1f1b", "interleaved_1f1b")])
+def test_a_schedule_that_comes_later_has_its_own_number_of_stages(before, after):
+    """A saved config says what was given, so that a run may go on with another schedule: it has as many stages a rank as if
+    it had been the first."""
+    config, _ = configs.from_dict({"parallel": {"pipeline": {"schedule": before}}}, "test")
+    saved = configs.to_dict(config)
+    saved["parallel"]["pipeline"]["schedule"] = after
+    assert configs.from_dict(saved, "test")[0].parallel["pipeline"].stages == (2 if after == "interleaved_1f1b" else 1)
+
+
 # How ranks and batch are shared out.
 
 

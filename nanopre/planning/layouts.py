@@ -121,7 +121,7 @@ def enumerate_layouts(
         options = {"degree": degree, "microbatches": microbatches}
         return [
             {"pipeline": make("pipeline", **options, schedule=schedule, stages_per_rank=v)}
-            for schedule, v in [("1f1b", 1), *several]
+            for schedule, v in [("1f1b", 0), *several]
         ]
 
     own = ("ddp", "fsdp", "tensor", "pipeline", "activation_checkpointing")
@@ -177,7 +177,7 @@ def step_time(
     c, sizes, s = model.config, layout.sizes, layout.strategies
     p, t, d = sizes["pipeline"], sizes["tensor"], layout.data_size
     pipe, fsdp = s.get("pipeline"), s.get("fsdp")
-    v = pipe.stages_per_rank if pipe else 1
+    v = pipe.stages if pipe else 1
     rows = memory.rows_at_once(config, layout)
     m = config.train.batch_size // d // rows  # micro-batches of a rank in a step
     mode = s["activation_checkpointing"].mode if "activation_checkpointing" in s else "none"

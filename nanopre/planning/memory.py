@@ -257,7 +257,7 @@ def estimate(
     weights = weights or Weights(model, t, r, getattr(config.optimizer, "state_bytes", two_moments))
     w, n_flight = weight_bytes(config), in_flight(layout)
     pipe, fsdp = strategies.get("pipeline"), strategies.get("fsdp")
-    v = pipe.stages_per_rank if pipe else 1
+    v = pipe.stages if pipe else 1
     share = config.train.batch_size // layout.data_size
     recomputes = "activation_checkpointing" in strategies and strategies["activation_checkpointing"].mode != "none"
     m = of_layout(config, layout, model, example, device, products)

@@ -37,15 +37,19 @@ class Pipeline:
 
     def __post_init__(self):
         at_least(self, degree=1, microbatches=1, stages_per_rank=0)
-        self.stages_per_rank = self.stages_per_rank or (2 if self.schedule in SEVERAL_STAGES else 1)
         if self.stages_per_rank > 1 and self.schedule not in SEVERAL_STAGES:
             raise ValueError(f"stages_per_rank = {self.stages_per_rank}: {self.schedule} has 1; take interleaved_1f1b")
 
+    @property
+    def stages(self) -> int:
+        """How many each rank has. The option stays as it was given: another schedule may come to a run that is resumed."""
+        return self.stages_per_rank or (2 if self.schedule in SEVERAL_STAGES else 1)
+
     def check(self, config, layout: Layout, model: Transformer) -> None:
         """Raises ValueError where the model or batch does not fit the schedule."""
-        n, stages = len(model.blocks), self.degree * self.stages_per_rank
+        n, stages = len(model.blocks), self.degree * self.stages
         if stages > n:
-            fitting = (d for d in range(1, self.degree) if self.degree % d == 0 and d * self.stages_per_rank <= n)
+            fitting = (d for d in range(1, self.degree) if self.degree % d == 0 and d * self.stages <= n)
             fewer = f", or stages_per_rank = {n // self.degree}" if n >= self.degree else ""
             problem = f"{stages} stages are more than the model's {n} block{'s' if n > 1 else ''}"
             raise ValueError(f"{problem}; take degree = {max(fitting, default=1)}{fewer}")
@@ -77,7 +81,7 @@ class Pipeline:
     def apply(self, parts: list[nn.Module], layout: Layout) -> list[nn.Module]:
         (model,) = parts
         p, rank = self.degree, layout.rank("pipeline")
-        ranges = share_out(*cost.batch_flops(model.config, layout.example), p * self.stages_per_rank)
+        ranges = share_out(*cost.batch_flops(model.config, layout.example), p * self.stages)
         stages = [list(map(str, blocks)) for blocks in ranges]
         layout.has_head = rank == p - 1  # stage s is on rank s % p, so the last one is on the last rank
         mine = [cut(model, stages, s) for s in range(rank, len(stages), p)]
@@ -159,7 +163,7 @@ class Engine:
         self.keys: dict[bool, list[str]] = {}
         for part in parts:
             part.autocast, part.loss = layout.autocast, loss
-        n_stages, device = options.degree * options.stages_per_rank, layout.example["tokens"].device
+        n_stages, device = options.degree * options.stages, layout.example["tokens"].device
         # The streams between stages: all have their shape and precision told, so that no trial run is needed.
         lengths = [layout.example[key].shape[1] for key in ("tokens", "decoder_tokens") if key in layout.example]
         shapes = [(micro, T // layout.sequence_shards, parts[0].config.d_model) for T in lengths]
