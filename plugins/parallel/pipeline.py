@@ -15,7 +15,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 from nanopre import cost, hookimpl
 from nanopre.config import at_least
-from nanopre.model import Transformer
+from nanopre.model import ModelConfig, Transformer
 from nanopre.parallel import Layout, Shared, normalised
 from nanopre.timetable import SCHEDULES, SEVERAL_STAGES, share_out
 
@@ -93,6 +93,10 @@ class Pipeline:
 class Stage(Transformer):
     """A part of a Transformer: takes the streams of the stage before, gives its own, the last one its sums of losses."""
 
+    def __init__(self, config: ModelConfig):
+        nn.Module.__init__(self)  # not Transformer's: `cut` gives it its modules
+        self.config = config
+
     def forward(self, *state: Tensor, **batch) -> tuple[Tensor, ...] | Tensor:
         with self.autocast():
             result = super().forward(state=state or None, loss=self.loss, **batch)
@@ -103,18 +107,19 @@ class Stage(Transformer):
 
 
 def cut(model: Transformer, stages: list[list[str]], s: int) -> Stage:
-    """The stage of the model that has stages[s] of its blocks, under their names."""
-    part = copy.copy(model)
-    part.__class__, part._modules = Stage, dict(model._modules)
-    part.blocks = nn.ModuleDict({name: model.blocks[name] for name in stages[s]})
-    kinds = {"decoder_bias" if hasattr(block, "cross") else "bias" for block in part.blocks.values()}
-    part.relative = nn.ModuleDict({k: copy.deepcopy(bias) for k, bias in model.relative.items() if k in kinds})
+    """The stage of the model that has stages[s] of its blocks, under their names. Not a copy of the model: copies share their
+    hooks, so that FSDP's of one of a rank's stages would run in the other."""
+    part = Stage(model.config)
     is_first, is_last = s == 0, s == len(stages) - 1
-    part.embed = model.embed if is_first else None
+    tied = is_last and not is_first and model.config.tie_embeddings and model.head.proj is not None
+    part.embed = model.embed if is_first else nn.Module() if tied else None
+    blocks = {name: model.blocks[name] for name in stages[s]}
+    kinds = {"decoder_bias" if hasattr(block, "cross") else "bias" for block in blocks.values()}
+    part.relative = nn.ModuleDict({k: copy.deepcopy(bias) for k, bias in model.relative.items() if k in kinds})
+    part.blocks = nn.ModuleDict(blocks)
     part.head = model.head if is_last else None
-    if is_last and not is_first and model.config.tie_embeddings and model.head.proj is not None:
+    if tied:
         # A copy under the embedding's name, so that checkpoints and optimizers know it for the same.
-        part.embed = nn.Module()
         part.embed.tokens = copy.deepcopy(model.embed.tokens)
         part.head = copy.copy(model.head)
         part.head._modules = {**model.head._modules, "proj": copy.copy(model.head.proj)}
