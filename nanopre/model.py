@@ -64,20 +64,24 @@ class ModelConfig:
     mup_base_width: int = 0  # d_model at which the learning rate was found, which muP carries over; 0: no muP
 
     def __post_init__(self):
-        for name in ("vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if not (self.norm_eps >= 0 and self.rope_theta > 0 and 0 <= self.dropout < 1):
-            values = f"norm_eps = {self.norm_eps}, rope_theta = {self.rope_theta}, dropout = {self.dropout}"
-            raise ValueError(f"{values}: must be at least 0, above 0, and at least 0 and below 1")
+        least = dict.fromkeys(("vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"), 1)
+        least |= dict(n_decoder_layers=int(self.architecture == "encoder-decoder"), d_head=0, norm_eps=0, mup_base_width=0)
+        if self.positions == "relative":
+            least["relative_buckets"] = 4  # one for distance 0 and one for all others, in either direction
+            least["relative_distance"] = self.relative_buckets // 2 + 1
+        for name, value in least.items():
+            if not getattr(self, name) >= value:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least {value}")
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta = {self.rope_theta} must be greater than 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
         if not self.d_head and self.d_model % self.n_heads:
             raise ValueError(f"n_heads = {self.n_heads} does not divide d_model = {self.d_model}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads = {self.n_kv_heads} does not divide n_heads = {self.n_heads}")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"d_model / n_heads = {self.head_dim} must be even for rotary positions")
-        if self.mup_base_width < 0:
-            raise ValueError(f"mup_base_width = {self.mup_base_width} must be at least 0")
 
     @property
     def head_dim(self) -> int:

@@ -45,6 +45,7 @@ def pretrained(tmp_path_factory):
         "name": "encoder",
         "out_dir": str(folder.parent),
         "model": {"name": "bert", "d_model": 32, "n_layers": 2, "n_heads": 2},
+        "objective": {"name": "mlm_nsp", "nsp": False},
         "tokenizer": {"name": "bpe", "vocab_size": 400},
         "train": {"seq_len": 64},
     }
@@ -344,5 +345,11 @@ def test_labels_that_no_class_has_are_refused():
 
 
 def test_a_decoder_is_refused(reviews, tiny):
-    with pytest.raises(UserError, match="objective.name = classify is for an encoder; model.name = llama"):
+    message = "objective.name = classify is for an encoder; model.name = llama is a decoder; --init_from=runs/NAME starts with"
+    with pytest.raises(UserError, match=message):
         train.main([*tiny, "--objective.name=classify", "--objective.label=kind", f"--data.corpus={reviews}"])
+
+
+def test_causal_lm_of_an_encoder_which_sees_its_targets_is_refused(tiny):
+    with pytest.raises(UserError, match="objective.name = clm is for a decoder; model.name = bert is an encoder"):
+        train.main([*tiny, "--model={name = 'bert', d_model = 32, n_layers = 1, n_heads = 2}"])
