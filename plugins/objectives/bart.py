@@ -12,6 +12,7 @@ from torch import Tensor
 from nanopre import UserError, hookimpl
 from nanopre.config import at_least, fraction
 from nanopre.data import Split, random32, row_keys, window_starts
+from nanopre.generate import answer, check_length, encode_masked
 from nanopre.loss import IGNORE
 from nanopre.tokenizer import Tokenizer
 
@@ -94,6 +95,12 @@ class BART:
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
         """The mean loss in nats a token, most of which the encoder has seen."""
         return {"loss": sums["loss"] / counts["loss"]}
+
+    def sample(self, run, prompt: str, options: dict) -> dict:
+        """The whole text that the decoder writes for a prompt in which each [MASK] stands for any number of tokens."""
+        source = [*encode_masked(run.tokenizer, prompt.rstrip("\n")), run.tokenizer.eot]
+        check_length(source, run.model)
+        return {"text": run.tokenizer.decode(answer(run.model, run.tokenizer, source, **options))}
 
 
 @hookimpl

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanopre import UserError, hookimpl
 from nanopre.data import Split, random32, row_keys, window_starts
+from nanopre.generate import answer, fill_sentinels
 from nanopre.loss import IGNORE
 from nanopre.spans import corrupt, noise_counts, raw_length
 from nanopre.tokenizer import Tokenizer
@@ -138,6 +139,17 @@ class UL2:
         """The mean loss in nats a target, of all and of each mode."""
         modes = {f"{mode}_loss": sums[mode] / counts[mode] for mode in MODES if counts[mode]}
         return {"loss": sums["loss"] / counts["loss"], **modes}
+
+    def sample(self, run, prompt: str, options: dict) -> dict:
+        """What the sentinels of a prompt hide, in mode R; what follows a prompt without any, in mode S."""
+        model, tokenizer = run.model, run.tokenizer
+        regular, suffix = (int(tokenizer.sentinels[MODES[mode]]) for mode in "RS")
+        if any(f"<extra_id_{i}>" in prompt for i in range(MOST_SPANS)):
+            spans = fill_sentinels(model, tokenizer, prompt.rstrip("\n"), mode=(regular,), **options)
+            return {"spans": spans, "text": "\n".join(f"{name} {span}" for name, span in spans.items())}
+        text = tokenizer.encode(prompt).tolist()[-(model.config.seq_len - 2) :]
+        made = answer(model, tokenizer, [suffix, *text, tokenizer.eot], **options)
+        return {"text": prompt + tokenizer.decode(made)}
 
 
 @hookimpl
