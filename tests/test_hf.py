@@ -231,6 +231,15 @@ DAMAGE = {
     ).write_text(json.dumps({"weight_map": {"lm_head.weight": "absent.safetensors"}})),
     r"its ids go up to 256, beyond the vocab_size of 200": lambda s: edit(s / "config.json", vocab_size=200),
     r"tokenizer.json: can't be read as JSON": lambda s: (s / "tokenizer.json").unlink(),
+    r"config.json: is no JSON object": lambda s: (s / "config.json").write_text("[]"),
+    r"config.json: model_type is \[\"llama\"\]; nanopre reads": lambda s: edit(s / "config.json", model_type=["llama"]),
+    r"tokenizer.json: not in the format of the package tokenizers \(KeyError: 'model'\)": lambda s: (
+        s / "tokenizer.json"
+    ).write_text("{}"),
+    r"tokenizer.json: not in the format of the package tokenizers \(AttributeError": lambda s: edit(
+        s / "tokenizer.json", model=[]
+    ),
+    r"hf: there are no weights for embed.tokens.weight": lambda s: (s / "model.safetensors.index.json").write_text("{}"),
 }
 
 
@@ -242,6 +251,13 @@ def test_a_damaged_folder_gives_one_clear_sentence(message, tmp_path, byte_token
         hf.import_model(source, tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_can_not_be_made(tmp_path):
+    make_run(tmp_path / "run", bytes_tokenizer(), MODELS["llama"])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/hf: the folder can't be made \(Not a directory\)"):
+        hf.export_model(tmp_path / "run", tmp_path / "file" / "hf")
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, byte_tokenizer_json):
