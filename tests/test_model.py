@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanopre import cost, hf
+from nanopre.attention import attend
 from nanopre.distributed import initialise
 from nanopre.loss import IGNORE, LinearCrossEntropy
-from nanopre.model import ModelConfig, RelativeBias, Transformer, attend
+from nanopre.model import ModelConfig, RelativeBias, Transformer
 from nanopre.plugins import load_plugins
 
 transformers = pytest.importorskip("transformers")
