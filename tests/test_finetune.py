@@ -128,7 +128,7 @@ def test_the_model_tokenizer_and_length_are_the_defaults(pretrained, tuning):
     "override, sentence",
     [
         ("--model.name=gpt2", '--model.name: is "gpt2"; init_from is a "bert"; leave the name out.'),
-        ("--tokenizer.name=bytes", "--tokenizer: is set, but init_from brings its own; leave one of the two out."),
+        ("--tokenizer.name=bytes", "--tokenizer: is set, but init_from brings its own; leave one of the two out; configs/fine"),
         ("--init_from=runs/nope", "runs/nope: no such run; "),
         ("--model.d_model=64", "init_from: embed.tokens.weight has the shape (448, 32) in "),
         ("--model.n_layers=3", "has no weights for blocks.2.attn_norm.weight, which the configured model has."),
