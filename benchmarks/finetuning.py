@@ -42,8 +42,12 @@ def main() -> None:
     tasks = {}
     if a.polarity:
         tasks["polarity"] = [f"--data.corpus.path={a.polarity}"]
-    if a.sick_train and a.sick_test:
+    if bool(a.sick_train) != bool(a.sick_test):
+        parser.error("--sick-train and --sick-test go together")
+    if a.sick_train:
         tasks["sick"] = [f"--data.corpus={a.sick_train}", f"--data.val_corpus={a.sick_test}"]
+    if not tasks:
+        parser.error("name the data of a task: --polarity FOLDER, or --sick-train FILE --sick-test FILE")
     file = ROOT / "benchmarks" / "results" / f"finetuning-{datetime.date.today()}.json"
     for task, data in tasks.items():
         with tempfile.TemporaryDirectory() as folder:

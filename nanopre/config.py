@@ -327,7 +327,8 @@ class _Builder:
     def _inherited(self, table: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         """The table with the model, tokenizer and seq_len of the run that this one starts from."""
         if "tokenizer" in table:
-            raise self.error("tokenizer", "is set, but init_from brings its own", "leave one of the two out.")
+            raise self.error("tokenizer", "is set, but init_from brings its own",
+                             "leave one of the two out; configs/finetune-*.toml have none.")  # fmt: skip
         model, train = (self._table(table.get(name, {}), name) for name in ("model", "train"))
         if model.get("name", name := old["model"]["name"]) != name:
             raise self.error("model.name", f"is {_toml(model['name'])}", f'init_from is a "{name}"; leave the name out.')

@@ -258,9 +258,12 @@ def build_model(config: Config, tokenizer) -> nn.Module:
     model = config.model.build(padded_vocabulary(tokenizer.n_vocab), config.train.seq_len)
     fitting = getattr(config.objective, "architectures", None)
     if fitting and model.config.architecture not in fitting:
+        wanted, there = (" or ".join(f"{'an' if kind[0] == 'e' else 'a'} {kind}" for kind in kinds)
+                         for kinds in (fitting, [model.config.architecture]))  # fmt: skip
+        hint = "; --init_from=runs/NAME starts with the model of a run" if hasattr(config.objective, "columns") else ""
         raise UserError(
-            f"objective.name = {config.objective._plugin_name} is for an {' or '.join(fitting)}; "
-            f"model.name = {config.model._plugin_name} is an {model.config.architecture}."
+            f"objective.name = {config.objective._plugin_name} is for {wanted}; model.name = {config.model._plugin_name} is "
+            f"{there}{hint}."
         )
     if hasattr(config.objective, "adapt"):
         model = config.objective.adapt(model)

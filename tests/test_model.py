@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanopre import cost, hf
+from nanopre.attention import attend
 from nanopre.distributed import initialise
 from nanopre.loss import IGNORE, LinearCrossEntropy
-from nanopre.model import ModelConfig, RelativeBias, Transformer, attend
+from nanopre.model import ModelConfig, RelativeBias, Transformer
 from nanopre.plugins import load_plugins
 
 transformers = pytest.importorskip("transformers")
@@ -705,9 +706,14 @@ def test_parameters_are_counted_in_closed_form(family, bias, tied, qk_norm):
         (dict(n_heads=0), "n_heads = 0 must be at least 1"),
         (dict(n_layers=0), "n_layers = 0 must be at least 1"),
         (dict(d_model=-32), "d_model = -32 must be at least 1"),
-        (dict(dropout=2), "dropout = 2: must be at least 0, above 0, and at least 0 and below 1"),
-        (dict(norm_eps=-1), "norm_eps = -1"),
-        (dict(rope_theta=0), "rope_theta = 0"),
+        (dict(dropout=2), "^dropout = 2 must be at least 0 and below 1"),
+        (dict(norm_eps=-1), "norm_eps = -1 must be at least 0"),
+        (dict(norm_eps=math.nan), "norm_eps = nan must be at least 0"),
+        (dict(rope_theta=0), "rope_theta = 0 must be greater than 0"),
+        (dict(d_head=-4), "d_head = -4 must be at least 0"),
+        (dict(architecture="encoder-decoder", n_decoder_layers=-1), "n_decoder_layers = -1 must be at least 1"),
+        (dict(positions="relative", relative_buckets=3), "relative_buckets = 3 must be at least 4"),
+        (dict(positions="relative", relative_distance=16), "relative_distance = 16 must be at least 17"),
         (dict(d_model=12), "d_model / n_heads = 3 must be even for rotary positions"),
     ],
 )

@@ -310,6 +310,7 @@ def fused_and_separate() -> tuple[float, float]:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     from nanopre import model as models
+    from nanopre.attention import attend
 
     config = models.ModelConfig(
         vocab_size=64, seq_len=8, d_model=32, n_layers=1, n_heads=4, n_kv_heads=4, d_ff=32, positions="rope",
@@ -328,7 +329,7 @@ def fused_and_separate() -> tuple[float, float]:
         def forward(self, h):
             q, k, v = map(self.split, self.qkv(h).chunk(3, dim=-1))
             table = self.rope[:, : h.shape[1]]
-            a = models.attend(models.rotate(q, table), models.rotate(k, table), v)
+            a = attend(models.rotate(q, table), models.rotate(k, table), v)
             return self.out(a.transpose(1, 2).reshape(*h.shape[:2], -1))
 
     torch.manual_seed(0)
