@@ -255,6 +255,7 @@ def figure(draw: Callable[[Figure], None], size: tuple[float, float] = (11, 4.2)
 
 def comparison_figure(fits: dict[str, Fit], runs: Runs, flops: float) -> bytes:
     """The best N and the loss of each law, from the runs to the budget."""
+    from matplotlib.ticker import LogLocator
 
     def draw(figure: Figure) -> None:
         size, loss = figure.subplots(1, 2)
@@ -267,6 +268,7 @@ def comparison_figure(fits: dict[str, Fit], runs: Runs, flops: float) -> bytes:
         for axes, label in ((size, "best N, parameters"), (loss, "loss, nats a token")):
             axes.axvline(flops, color="black", lw=0.8, ls=":")
             axes.set(xscale="log", yscale="log", xlabel="C, FLOPs (dotted: the budget)", ylabel=label)
+            axes.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))  # numbers at all of them run into each other
             handles, labels = axes.get_legend_handles_labels()
             named = {label: handle for label, handle in zip(labels, handles, strict=True) if label != "95% interval"}
             axes.legend(named.values(), named.keys(), frameon=False, fontsize=8)
