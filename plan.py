@@ -279,9 +279,17 @@ def run_budget(a: argparse.Namespace) -> tuple[dict, str]:
     )
     if a.out:
         write(a.out, made.to_toml())
-    start = f"torchrun --nproc-per-node={min(a.gpus, machine.accelerator.node_gpus)}" if (a.gpus or 1) > 1 else "python"
-    hint = f"{start} train.py {a.out}" if a.out else "--out FILE.toml writes the config"
+    hint = f"{launcher(a.gpus or 1, machine)} train.py {a.out}" if a.out else "--out FILE.toml writes the config"
     return made.to_dict(), f"{proposal.text(made)}\n\n{hint}"
+
+
+def launcher(gpus: int, machine: proposal.Machine | None) -> str:
+    """What starts a process on each GPU, to be typed on every node: the fewest nodes that share them out evenly."""
+    if gpus == 1:
+        return "python"
+    nodes = next(n for n in range(-(-gpus // machine.accelerator.node_gpus), gpus + 1) if gpus % n == 0)
+    several = f" --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500" if nodes > 1 else ""
+    return f"torchrun{several} --nproc-per-node={gpus // nodes}"
 
 
 GPU = "h100"

@@ -153,6 +153,14 @@ def test_the_interval_from_a_published_standard_error_is_about_the_bootstraps(bu
     assert low == pytest.approx(51.5e9, rel=0.1) and high == pytest.approx(111e9, rel=0.1)
 
 
+def test_the_published_table_has_the_interval_of_its_exponent(budget):
+    """At 8.3e19 x 1e4 FLOP exponents that are 0.01 below and 0.004 above the estimate are factors of 1e4^-0.01 and 1e4^0.004."""
+    said = budget("--law", "chinchilla-1", "--flops", 8.3e23)["chosen"]
+    low, high = said["intervals"]["params"]
+    assert low / said["params"] == pytest.approx(10**-0.04) and high / said["params"] == pytest.approx(10**0.016)
+    assert "10th to 90th percentile" in said["interval_is"]
+
+
 def test_a_law_without_a_published_interval_says_so(budget, tmp_path):
     for law, words in (("chinchilla-3", "0.454 to 0.455"), ("muennighoff", "none is published")):
         said = budget("--law", law, "--flops", 1e21)["chosen"]
@@ -299,6 +307,14 @@ def test_the_text_says_what_the_numbers_rest_on(capsys):
     assert "No such loss exists: guessing among 384 tokens costs 5.95" in said and "times smaller than the smallest" in said
 
 
+@pytest.mark.parametrize(("gpus", "nodes", "each"), [(8, 0, 8), (12, 2, 6), (16, 2, 8)])
+def test_the_command_starts_a_process_on_each_gpu(capsys, tmp_path, gpus, nodes, each):
+    plan.main(["budget", "--flops", "1e20", "--gpus", str(gpus), "--out", str(tmp_path / "run.toml")])
+    command = capsys.readouterr().out.splitlines()[-1]
+    several = f" --nnodes={nodes} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500" if nodes else ""
+    assert command == f"torchrun{several} --nproc-per-node={each} train.py {tmp_path / 'run.toml'}"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -331,6 +347,10 @@ def test_the_text_says_what_the_numbers_rest_on(capsys):
         ("--flops 1e20 --vocab-size 100", "--vocab-size 100: must be at least 361, the bytes and the special tokens."),
         ("--flops 1e9", "parameters are too few for the family llama, whose smallest model here has 27,232"),
         ("--flops 1e15 --vocab-size 100000", "it takes a larger budget, or a smaller --vocab-size."),
+        ("--flops 1e60", "a budget of 1e+60 FLOP: must be at most 1e+35."),
+        ("--gpu-hours 1e300", "a budget of inf FLOP: must be at most 1e+35."),
+        ("--params 1e80", "--params 1e+80: must be between 0.0477 and 4.17e+16, the best for 1 and for 1e+35 FLOP."),
+        ("--flops 1e20 --inference-tokens 1e300", "--inference-tokens 1e+300: must be at most 5.86e+25 here."),
         ("--flops 1e20 --flop 1e20", "unrecognized arguments: --flop 1e20"),
         (
             "--flops 5e23 --gpus 2",

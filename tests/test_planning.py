@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from statistics import median
 
 import pytest
@@ -297,6 +297,14 @@ def test_the_best_is_first_and_all_fit(found):
         assert c.memory_bytes <= H100.memory_bytes and c.seconds == pytest.approx(sum(c.parts.values()))
         assert 0 < c.mfu <= layouts.EFFICIENCY
     assert {c.sizes["tensor"] for c in found.ranked} == {1, 2, 4}  # 8 does not divide the heads of keys
+
+
+def test_of_layouts_that_take_as_long_the_larger_micro_batch_comes_first():
+    """120 rows a rank, by 1 to 120 at a time: sums of as much work in other portions differ in their last digits."""
+    config, plugins = configs.from_dict(SMALL | {"train": {"batch_size": 240, "seq_len": 512}}, "test")
+    ranked = layouts.search(config, plugins, H100, 2).ranked
+    alike = [(a, b) for a, b in pairwise(ranked) if a.seconds == pytest.approx(b.seconds, rel=1e-12)]
+    assert len(alike) > 10 and all(a.micro_batch_size >= b.micro_batch_size for a, b in alike)
 
 
 def test_train_py_takes_what_is_ranked_and_refuses_what_is_refused_in_the_same_words(found):

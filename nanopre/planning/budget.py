@@ -17,6 +17,9 @@ SMALLEST, MIDDLE, LARGEST = 1.4e18, 8.3e19, 1.3e22
 """FLOPs, the middle being their geometric mean, of the 245 runs in figure 4 of Hoffmann et al. (2022), as Besiroglu et al.
 (2024) read them off it."""
 
+MOST = 1e35
+"""FLOPs: seven centuries of the world's electricity (1e20 J a year) on H100s. Beyond, the search for a shape takes minutes."""
+
 
 class Exponent(NamedTuple):
     """A published interval of a, in N ~ C^a."""
@@ -74,13 +77,19 @@ def size(fit: Fit, flops: float, inference_tokens: float = 0.0, tokens_available
 
     inference_tokens: the model is used on so many: see `allocate`.
     tokens_available: so many different ones.
-    Raises UserError for a law that can't answer, and for too few tokens where inference wants more.
+    Raises UserError for a law that can't answer, for more than MOST FLOPs, and for too few tokens where inference wants more.
     """
+
+    if not flops <= MOST:
+        raise UserError(f"a budget of {flops:.3g} FLOP: must be at most {MOST:g}.")
 
     def chosen(law: Law) -> Allocation:
         return Allocation(*map(float, allocate(law, flops, inference_tokens, tokens_available)))
 
-    free, point = Allocation(*map(float, fit.law.allocate(flops))), chosen(fit.law)
+    free = Allocation(*map(float, fit.law.allocate(flops)))
+    if 2 * free.params * inference_tokens > MOST:
+        raise UserError(f"--inference-tokens {inference_tokens:g}: must be at most {MOST / (2 * free.params):.3g} here.")
+    point = chosen(fit.law)
     if inference_tokens and point.tokens > tokens_available:
         raise UserError(
             f"--tokens-available: {short(tokens_available)} are fewer than the {short(point.tokens)} that --inference-tokens "
@@ -95,7 +104,7 @@ def size(fit: Fit, flops: float, inference_tokens: float = 0.0, tokens_available
     elif fit.name in EXPONENTS:
         low, estimate, high, source = EXPONENTS[fit.name]
         words = f"{source}, turned about {MIDDLE:.1e} FLOP, the middle of the runs; of the loss none is published"
-        if point == free:
+        if not inference_tokens and free.tokens <= tokens_available:
             ends = [free.params * (flops / MIDDLE) ** (a - estimate) for a in (low, high)]
             intervals["params"] = min(ends), max(ends)
             intervals["tokens"] = flops / (6 * max(ends)), flops / (6 * min(ends))
@@ -134,8 +143,11 @@ def allocate(law: Law, flops: float, inference_tokens: float = 0.0, tokens_avail
 
 
 def flops_for(law: Law, params: float) -> float:
-    """The budget for which so many parameters are the best number."""
-    return math.exp(brentq(lambda log_flops: math.log(law.allocate(math.exp(log_flops)).params / params), 0.0, 150.0))
+    """The budget for which so many parameters are the best number. Raises UserError where none from 1 to MOST FLOPs is."""
+    least, most = (float(law.allocate(flops).params) for flops in (1.0, MOST))
+    if not least < params < most:
+        raise UserError(f"--params {params:g}: must be between {least:.3g} and {most:.3g}, the best for 1 and for {MOST:g} FLOP.")
+    return math.exp(brentq(lambda log_flops: math.log(law.allocate(math.exp(log_flops)).params / params), 0.0, math.log(MOST)))
 
 
 def short(number: float) -> str:

@@ -94,7 +94,7 @@ def search(config: Config, plugins: Registry, accelerator: Accelerator, gpus: in
             refused.append(Refusal(table(strategies), micro, reason))
             continue
         parts = step_time(candidate, layout, model, example, counted[key], accelerator, efficiency)
-        seconds = sum(parts.values())
+        seconds = float(f"{sum(parts.values()):.9g}")  # of equals the last digits differ by the order of their sums
         flops = config.train.batch_size * cost.flops(model.config, example)
         sizes = {"pipeline": layout.sizes["pipeline"], "data": layout.data_size, "tensor": layout.sizes["tensor"]}
         mfu = flops / seconds / gpus / accelerator.peak_flops
