@@ -565,5 +565,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"plan.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.stderr.close()  # `plan.py layout ... | head`: Python would tell of the closed pipe once more as it ends
         sys.exit(130)

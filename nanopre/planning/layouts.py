@@ -265,7 +265,8 @@ def calibrate(
 
 def text(found: Search, accelerator: Accelerator, gpus: int, efficiency: float) -> str:
     """The best ten as a table, the best one's TOML, and how many were refused, by reason."""
-    lines = [f"{len(found.ranked):,} layouts fit {gpus:,} GPUs at {efficiency:.2f} of the peak; the fastest:"]
+    fastest = "; the fastest:" if found.ranked else "."
+    lines = [f"{len(found.ranked):,} layouts fit {gpus:,} GPUs at {efficiency:.2g} of the peak{fastest}"]
     columns = "pipeline  data  tensor  micro-batch  recompute  ZeRO  schedule               s/step    MFU      GB"
     lines += ["", columns] if found.ranked else []
     for c in found.ranked[:10]:
@@ -282,8 +283,10 @@ def text(found: Search, accelerator: Accelerator, gpus: int, efficiency: float) 
     if found.ranked:
         best = found.ranked[0]
         shares = ", ".join(f"{name} {100 * s / best.seconds:.1f}%" for name, s in best.parts.items() if s)
-        table = {"train": {"micro_batch_size": best.micro_batch_size}, "parallel": best.parallel}
+        table = {"train": {"micro_batch_size": best.micro_batch_size}}
+        table |= {"parallel": best.parallel} if best.parallel else {}
         lines += ["", f"The fastest one's step: {shares}.", "", tomli_w.dumps(table).strip()]
-    lines += ["", f"{len(found.refused):,} layouts can't be; of those that are alike but for their numbers, one:"]
+    if found.refused:
+        lines += ["", f"{len(found.refused):,} layouts can't be; of those that are alike but for their numbers, one:"]
     lines += [f"{n:7,}  {reason}" for reason, n in found.reasons()]
     return "\n".join(lines)
