@@ -550,7 +550,7 @@ def run_schedule(a: argparse.Namespace) -> tuple[dict, str]:
     table = {"model": {"n_layers": n_layers}, "train": {"batch_size": a.microbatches}, "parallel": {"pipeline": options}}
     config, plugins = configs.from_dict(table, "plan.py schedule")
     parallel.plan(config, plugins, World(0, 0, a.stages, torch.device("cpu")))
-    v = config.parallel["pipeline"].stages_per_rank
+    v = config.parallel["pipeline"].stages
     times = timetable.simulate(timetable.actions(a.schedule, a.stages, a.microbatches, v))
     idle, held = timetable.bubble(times), timetable.held(times)
     result = {"schedule": a.schedule, "stages_per_rank": v, "bubble": idle, "held": held}

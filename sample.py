@@ -3,8 +3,8 @@
     python sample.py runs/NAME --prompt "def " --tokens 200 --temperature 0.8 --top-k 50 --top-p 0.95 --seed 1
     echo "def " | python sample.py runs/NAME --prompt -
 
-A decoder continues the text, an encoder fills in "The [MASK] sat.", an encoder-decoder "The <extra_id_0> sat."; a
-fine-tuned model does what its objective says: it labels or answers.
+A decoder continues the text, an encoder fills in "The [MASK] sat.", an encoder-decoder "The <extra_id_0> sat."; a model
+whose objective has a `sample` does what that says: ELECTRA's finds replaced tokens, a fine-tuned one labels or answers.
 """
 
 from __future__ import annotations

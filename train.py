@@ -37,7 +37,7 @@ from nanopre import (
     parallel,
 )
 from nanopre.examples import prepare as prepare_examples
-from nanopre.generate import generate
+from nanopre.generate import EXAMPLES, generate
 from nanopre.hookspecs import Run
 from nanopre.plugins import nearest
 
@@ -308,7 +308,8 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
     elif is_first:
         if c.samples and model.config.architecture == "decoder" and not hasattr(objective, "sample"):
             print_samples(run_dir, here.device, c.prompt, c.samples, config.seed)
-        print(f"\nTry it: python sample.py {run_dir} --prompt {c.prompt or 'TEXT'!r}")
+        example = "TEXT" if hasattr(objective, "sample") else EXAMPLES.get(model.config.architecture, "TEXT")
+        print(f"\nTry it: python sample.py {run_dir} --prompt {c.prompt or example!r}")
 
 
 def numbers(tensors: dict[str, torch.Tensor]) -> dict[str, float]:

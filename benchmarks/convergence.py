@@ -111,6 +111,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="only the rows whose name has this in it")
     a = parser.parse_args()
+    rows = [row for row in ROWS if a.only in row[0]]
+    if not rows:
+        parser.error(f'--only: no row\'s name has "{a.only}" in it; there are: {"; ".join(row[0] for row in ROWS)}')
 
     data = [f"--data.corpus={a.train}", f"--data.val_corpus={a.val}", f"--data.cache_dir={a.cache}"]
     data += [f'--plugins=["{ROOT / "benchmarks" / "controls.py"}"]']
@@ -118,7 +121,7 @@ def main() -> None:
     print(f"unigram {base['unigram']:.3f}, bigram {base['bigram']:.3f} nats a token; NSP by counts {base['nsp_by_counts']:.3f}")
     file = ROOT / "benchmarks" / "results" / f"convergence-{datetime.date.today()}.json"
     runs: dict[str, list[dict]] = {}
-    for name, config, overrides, metric, bar, margin in (row for row in ROWS if a.only in row[0]):
+    for name, config, overrides, metric, bar, margin in rows:
         key = " ".join([config, *overrides])
         if key not in runs:
             runs[key] = [train(config, [*data, *overrides], seed) for seed in range(1, a.seeds + 1)]

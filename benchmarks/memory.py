@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from nanopre import UserError, machine, optim, parallel  # noqa: E402
+from nanopre.config import Train  # noqa: E402
 from nanopre.distributed import initialise  # noqa: E402
 from nanopre.loss import IGNORE  # noqa: E402
 from nanopre.plugins import load_plugins  # noqa: E402
@@ -42,9 +43,13 @@ STRATEGIES = {
 OPTIMIZERS = {"adamw": "float32", "adamw8bit": "float32", "adamw, bfloat16 weights": "bfloat16", "muon": "float32"}
 
 
+HERE = machine.choose(Train(device="cpu"))
+
+
 def build(plugins, strategies: dict, weights: str = "float32") -> torch.nn.Module:
     model = plugins.get("model", "llama", "benchmark")(**MODEL).build(vocab_size=V, seq_len=T)
     initialise(model, 0)
+    HERE.choose_attention(model)
     for p in model.parameters():
         p.data = p.data.to(getattr(torch, weights))
     chosen = {name: plugins.get("parallel", name, "benchmark")(**options) for name, options in strategies.items()}
@@ -107,8 +112,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9, help="of steps in turns with the plain one")
     pairs = parser.parse_args().pairs
     plugins = load_plugins()
-    machine.keep_freed_memory()
-    precision = torch.bfloat16 if machine.has_fast_bfloat16(torch.device("cpu")) else torch.float32
+    precision = HERE.precision
     report = {"date": date.today().isoformat(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     report |= {"load": os.getloadavg()[0], "model": {**MODEL, "vocab_size": V}, "rows": ROWS, "tokens": T, "pairs": pairs}
     report |= {"precision": str(precision), "activations": {}, "optimizers": {}}

@@ -95,6 +95,9 @@ class Train:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of products
     weights: Literal["float32", "bfloat16"] = "float32"  # and gradients; bfloat16: half of the memory, products in bfloat16
     compile: Literal["auto", "on", "off"] = "auto"
+    attention: Literal["auto", "fused", "products"] = "auto"  # torch's kernel, or on a CPU plain products of matrices
+    threads: int = 0  # of a CPU; 0: OMP_NUM_THREADS, or all of its cores
+    keep_freed_memory: bool = True  # on a CPU, what a step frees is not given back to the system but used by the next
     timeout: float = 600.0  # seconds that one process waits for another
     max_skipped_steps: int = 10  # in a row, for a loss or gradient that is not finite, before the run stops
     samples: int = 2  # printed at the end
@@ -104,7 +107,7 @@ class Train:
         at_least(self, steps=1, batch_size=1, micro_batch_size=0, seq_len=1, grad_clip=0, eval_interval=1)
         if not 0 < self.timeout < 1e8:
             raise ValueError(f"timeout = {self.timeout} must be above 0 and finite")
-        at_least(self, eval_tokens=0, log_interval=1, max_skipped_steps=0, samples=0)
+        at_least(self, eval_tokens=0, log_interval=1, threads=0, max_skipped_steps=0, samples=0)
         if self.weights == "bfloat16" and self.precision == "float32":
             raise ValueError('weights = "bfloat16" needs precision = "bfloat16" or "auto"')
 
@@ -324,7 +327,8 @@ class _Builder:
     def _inherited(self, table: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         """The table with the model, tokenizer and seq_len of the run that this one starts from."""
         if "tokenizer" in table:
-            raise self.error("tokenizer", "is set, but init_from brings its own", "leave one of the two out.")
+            raise self.error("tokenizer", "is set, but init_from brings its own",
+                             "leave one of the two out; configs/finetune-*.toml have none.")  # fmt: skip
         model, train = (self._table(table.get(name, {}), name) for name in ("model", "train"))
         if model.get("name", name := old["model"]["name"]) != name:
             raise self.error("model.name", f"is {_toml(model['name'])}", f'init_from is a "{name}"; leave the name out.')

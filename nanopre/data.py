@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -125,6 +125,10 @@ class Split:
     def n_tokens(self) -> int:
         return len(self.tokens)
 
+    @cached_property
+    def text(self) -> Text:
+        return Text(self)
+
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(len(starts), length) tokens (int64) from each start on; after the split's end comes its start."""
         return self.windows(starts, length).astype(np.int64)
@@ -142,6 +146,41 @@ class Split:
         return result
 
 
+class Text:
+    """A split's documents one behind the other, without the <|endoftext|> of each: for objectives that hide spans of running
+    text, in which no special token may be."""
+
+    def __init__(self, split: Split):
+        self.split = split
+        self.starts = np.asarray(split.documents) - np.arange(len(split.documents))  # of the documents, and n_tokens
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.starts[-1])
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(len(starts), length) tokens from each start on, in the type that they have on disk; after the end comes the
+        start."""
+        first, last = self.ends_before(starts), self.ends_before(starts + length - 1)
+        result = self.split.windows(starts + first, length)
+        over = np.flatnonzero(first < last)
+        if len(over):  # take as much more as there are ends inside, and leave those out
+            begin, first, n_ends = starts[over] + first[over], first[over], (last - first)[over]
+            wider = self.split.windows(begin, length + n_ends.max())
+            stays = np.arange(wider.shape[1]) < length + n_ends[:, None]
+            row = np.repeat(np.arange(len(over)), n_ends)
+            ended = first[row] + np.arange(len(row)) - (np.cumsum(n_ends) - n_ends)[row]  # the number of each document
+            rounds, ended = np.divmod(ended, len(self.starts) - 1)
+            stays[row, rounds * self.split.n_tokens + self.split.documents[ended + 1] - 1 - begin[row]] = False
+            result[over] = wider[stays].reshape(-1, length)
+        return result
+
+    def ends_before(self, places: np.ndarray) -> np.ndarray:
+        """How many documents end before each place of the text, whose end is its start again."""
+        rounds, places = np.divmod(places, self.n_tokens)
+        return rounds * (len(self.starts) - 1) + np.searchsorted(self.starts, places, side="right") - 1
+
+
 @dataclass
 class Corpus:
     """A tokenised corpus."""
@@ -156,7 +195,7 @@ class Corpus:
         return self.train.tokenizer
 
 
-def window_starts(split: Split, rows: np.ndarray, length: int, seed: int) -> np.ndarray:
+def window_starts(split: Split | Text, rows: np.ndarray, length: int, seed: int) -> np.ndarray:
     """Where the windows of some training rows start.
 
     Row r belongs to epoch r // n, n = ceil(n_tokens / length). Each epoch cuts the circle of tokens into windows from a

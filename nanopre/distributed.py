@@ -264,8 +264,11 @@ def adapted(config: Config, model: nn.Module) -> nn.Module:
     """The model with what the objective adds to it. Raises UserError where the objective is not for this architecture."""
     fitting = getattr(config.objective, "architectures", None)
     if fitting and model.config.architecture not in fitting:
+        wanted, there = (" or ".join(f"{'an' if kind[0] == 'e' else 'a'} {kind}" for kind in kinds)
+                         for kinds in (fitting, [model.config.architecture]))  # fmt: skip
+        hint = "; --init_from=runs/NAME starts with the model of a run" if hasattr(config.objective, "columns") else ""
         raise UserError(
-            f"objective.name = {config.objective._plugin_name} is for {' or '.join(f'{kind}s' for kind in fitting)}; "
-            f"the models of model.name = {config.model._plugin_name} are {model.config.architecture}s."
+            f"objective.name = {config.objective._plugin_name} is for {wanted}; model.name = {config.model._plugin_name} is "
+            f"{there}{hint}."
         )
     return config.objective.adapt(model) if hasattr(config.objective, "adapt") else model

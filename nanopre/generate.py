@@ -102,6 +102,15 @@ def generate(
         unseen = [token]
 
 
+def answer(model: Transformer, tokenizer: Tokenizer, source: list[int], **options) -> Iterator[int]:
+    """Yield the tokens that a model writes for a source which it reads in both directions: an encoder-decoder's decoder from
+    the padding on, a decoder of one stack behind the source itself. `options` are those of `generate`."""
+    options = {"n_vocab": tokenizer.n_vocab, "stop": tokenizer.eot, **options}
+    if model.config.architecture == "encoder-decoder":
+        return generate(model, [tokenizer.pad], source=source, **options)
+    return generate(model, source, bidirectional_prompt=True, **options)
+
+
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
     """Draw a token from logits (V,): the k likeliest, then the nucleus of top_p (Holtzman et al., 2020, section 3.1)."""
     if temperature == 0:
@@ -119,14 +128,15 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 # ---------------------------------------------------------------------------------------------------------------------
 # Fill in
 
+EXAMPLES = {"encoder": "The [MASK] sat on the mat.", "encoder-decoder": "The <extra_id_0> sat on the mat."}
+"""By architecture, a prompt that a model fills in."""
+
 
 @torch.inference_mode()
 def fill_masks(model: Transformer, tokenizer: Tokenizer, text: str, k: int = 5) -> list[list[tuple[str, float]]]:
     """For each [MASK] of the text the k likeliest tokens with their probabilities, by an encoder that sees
     [CLS] text [SEP]. Raises UserError for a text without one, or too long."""
-    tokens = [tokenizer.cls, *encode_with(tokenizer, text, {"[MASK]": tokenizer.mask}), tokenizer.sep]
-    if tokenizer.mask not in tokens:
-        raise UserError('the prompt has no [MASK] to fill, as in "The [MASK] sat on the mat."')
+    tokens = [tokenizer.cls, *encode_masked(tokenizer, text), tokenizer.sep]
     check_length(tokens, model)
     inputs = torch.tensor([tokens], device=next(model.parameters()).device)
     logits = model.eval()(inputs)[0, inputs[0] == tokenizer.mask, : tokenizer.n_vocab]  # (masks, V)
@@ -135,23 +145,34 @@ def fill_masks(model: Transformer, tokenizer: Tokenizer, text: str, k: int = 5) 
     return [[(tokenizer.decode([i]), p) for i, p in zip(*row, strict=True)] for row in rows]
 
 
-def fill_sentinels(model: Transformer, tokenizer: Tokenizer, text: str, **options) -> dict[str, str]:
-    """What an encoder-decoder writes for each <extra_id_...> of the text, "" where it writes nothing: the encoder reads
-    the text and the end of text, the decoder starts from the padding (Raffel et al., 2020, section 3.1.4). `options` are
-    those of `generate`. Raises UserError for a text without a sentinel, or too long."""
+def fill_sentinels(
+    model: Transformer, tokenizer: Tokenizer, text: str, mode: tuple[int, ...] = (), **options
+) -> dict[str, str]:
+    """What a model writes for each <extra_id_...> of the text, "" where it writes nothing: it reads the tokens of `mode`, the
+    text and the end of text (Raffel et al., 2020, section 3.1.4). `options` are those of `generate`. Raises UserError for
+    a text without a sentinel, or too long."""
     sentinels = {f"<extra_id_{i}>": int(token) for i, token in enumerate(tokenizer.sentinels)}
-    source = [*encode_with(tokenizer, text, sentinels), tokenizer.eot]
-    wanted = [name for name, token in sentinels.items() if token in source]
+    text_tokens = encode_with(tokenizer, text, sentinels)
+    wanted = [name for name, token in sentinels.items() if token in text_tokens]
     if not wanted:
-        raise UserError('the prompt has no <extra_id_0> to fill, as in "The <extra_id_0> sat on the mat."')
+        raise UserError(f'the prompt has no <extra_id_0> to fill, as in "{EXAMPLES["encoder-decoder"]}"')
+    source = [*mode, *text_tokens, tokenizer.eot]
     check_length(source, model)
-    options = {"max_tokens": model.config.seq_len - 1, "n_vocab": tokenizer.n_vocab, "stop": tokenizer.eot, **options}
+    options = {"max_tokens": model.config.seq_len - 1, **options}
     names, written, name = {token: name for name, token in sentinels.items()}, {}, None
-    for token in generate(model, [tokenizer.pad], source=source, **options):
+    for token in answer(model, tokenizer, source, **options):
         name = names.get(token, name)
         if token not in names and name:
             written.setdefault(name, []).append(token)
     return {name: tokenizer.decode(written.get(name, [])) for name in wanted}
+
+
+def encode_masked(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text with [MASK] in it. Raises UserError for a text without one."""
+    tokens = encode_with(tokenizer, text, {"[MASK]": tokenizer.mask})
+    if tokenizer.mask not in tokens:
+        raise UserError(f'the prompt has no [MASK] to fill, as in "{EXAMPLES["encoder"]}"')
+    return tokens
 
 
 def encode_with(tokenizer: Tokenizer, text: str, special: dict[str, int]) -> list[int]:

@@ -52,7 +52,7 @@ from nanopre.tokenizer import Tokenizer
 def family_of(hf_config: Mapping, where: str) -> Family:
     """The family of a config.json, which `where` names in the UserError about one that nanopre has not."""
     kind = hf_config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{where}: model_type is {json.dumps(kind)}; nanopre reads {', '.join(FAMILIES)}.")
     if kind == "t5" and str(hf_config.get("feed_forward_proj")).startswith("gated"):
         return T5_GATED
@@ -135,7 +135,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = sorted(set(read_json(index)["weight_map"].values()))
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
         elif (folder / name).is_file():
             files = [name]
         else:
@@ -285,7 +285,11 @@ def import_model(source: str | Path, run_dir: str | Path, tokenizer_file: str | 
     else:
         tokenizer_file, eos = source / "tokenizer.json", hf_config.get("eos_token_id")
         data = read_json(tokenizer_file)
-        tokenizer = read_tokenizer(data, eos[0] if isinstance(eos, list) else eos, str(tokenizer_file))
+        try:
+            tokenizer = read_tokenizer(data, eos[0] if isinstance(eos, list) else eos, str(tokenizer_file))
+        except (KeyError, TypeError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise UserError(f"{tokenizer_file}: not in the format of the package tokenizers ({problem}).") from None
     # Of nanopre's own vocabularies special tokens may lie beyond the embedding, but for the end of text.
     last = tokenizer.eot if isinstance(tokenizer, Tokenizer) else tokenizer.n_vocab - 1
     if last >= (rows := options["vocab_size"]):
@@ -324,7 +328,10 @@ def export_model(run: str | Path, folder: str | Path) -> None:
     tensors = to_hf(family, state, config, str(run))
     if folder.exists():
         raise UserError(f"{folder}: is there already; choose a new folder.")
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder can't be made ({error.strerror}).") from None
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     # Special tokens that the embedding has no rows for, which an import can leave, are not exported.
@@ -366,10 +373,14 @@ def export_model(run: str | Path, folder: str | Path) -> None:
 
 
 def read_json(file: Path) -> dict:
+    """The object of a JSON file. Raises UserError."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: can't be read as JSON ({getattr(error, 'strerror', None) or error}).") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: is no JSON object, with names and values in braces.")
+    return data
 
 
 def main(argv: list[str]) -> None:

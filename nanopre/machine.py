@@ -1,4 +1,4 @@
-"""What the machine decides: device, precision, compilation. Decided once at the start, in this one place."""
+"""What the machine decides: device, precision, attention, memory, compilation. Decided once at the start, in this one place."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from nanopre import UserError
 from nanopre.config import Train
+from nanopre.model import Attention
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Machine:
 
     device: torch.device
     precision: torch.dtype  # of the matrix products; the stream between blocks and optimizer states stay float32
+    products: bool  # attention by products of matrices, in place of torch's fused kernel
     compile: bool
     reason: str
 
@@ -30,24 +32,37 @@ class Machine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
 
+    def choose_attention(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.products = self.products
+
 
 def choose(config: Train) -> Machine:
     """Fill in what the config leaves to the machine. Raises UserError for a device that is not there."""
     device = choose_device(config.device)
-    if device.type == "cpu":
+    is_cpu = device.type == "cpu"
+    if is_cpu and config.threads:
+        torch.set_num_threads(config.threads)
+    if is_cpu and config.keep_freed_memory:
         keep_freed_memory()
     fast = has_fast_bfloat16(device)
     bfloat16 = wants_bfloat16(config, device) or config.weights == "bfloat16"
+    # On a CPU the backward pass of the fused kernel is the slowest part of a small model's step (model.py, `attend`).
+    products = is_cpu if config.attention == "auto" else config.attention == "products"
     # On a CPU compiling takes 5 to 70 s and gives 1.0 to 1.2 times the speed (benchmarks/README.md): a choice there.
     compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    n = torch.get_num_threads()
     reasons = [
-        name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads" if name == "cpu" else name,
+        f"{name}, {n} thread{'s' if n > 1 else ''}" if is_cpu else name,
         ("bfloat16 weights and products" if config.weights == "bfloat16" else "bfloat16 products" if bfloat16 else "float32")
         + ("" if config.precision != "auto" else " (fast here)" if fast else " (no fast bfloat16 here)"),
-        "compiled" if compiled else "not compiled",
+        ("attention by products" if products else "fused attention") + (" (faster here)" if config.attention == "auto" else ""),
+        *(["freed memory kept"] if is_cpu and config.keep_freed_memory else []),
+        ("compiled" if compiled else "not compiled") + (" (takes long here)" if is_cpu and config.compile == "auto" else ""),
     ]
-    return Machine(device, torch.bfloat16 if bfloat16 else torch.float32, compiled, "; ".join(reasons))
+    return Machine(device, torch.bfloat16 if bfloat16 else torch.float32, products, compiled, "; ".join(reasons))
 
 
 def wants_bfloat16(config: Train, device: torch.device) -> bool:

@@ -1,7 +1,10 @@
 """The Transformer in its three architectures: decoder (GPT-2, LLaMA), encoder (BERT), encoder-decoder (T5).
 
-The model comes apart in three places, `embed`, `blocks` and `head`, so that a strategy can split it from outside; nothing
-in this file knows of devices or ranks. Shapes: B rows (sequences), T positions, C = d_model, H heads of width D, V vocabulary.
+    tokens (B, T) -> embed -> stream (B, T, C) -> blocks "0", "1", ... -> stream -> head -> logits (B, T, V), or losses
+
+Of an encoder-decoder two streams go through the blocks side by side, the encoder's and the decoder's. The model comes apart
+in these three places, so that a strategy can split it from outside; nothing in this file knows of devices or ranks.
+Shapes: B rows (sequences), T positions, C = d_model, H heads of width D, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,14 +13,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanopre.attention import attend
 from nanopre.loss import LinearCrossEntropy
+
+if TYPE_CHECKING:
+    from nanopre.generate import KeyValueCache, LayerCache
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -64,20 +71,24 @@ class ModelConfig:
     mup_base_width: int = 0  # d_model at which the learning rate was found, which muP carries over; 0: no muP
 
     def __post_init__(self):
-        for name in ("vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if not (self.norm_eps >= 0 and self.rope_theta > 0 and 0 <= self.dropout < 1):
-            values = f"norm_eps = {self.norm_eps}, rope_theta = {self.rope_theta}, dropout = {self.dropout}"
-            raise ValueError(f"{values}: must be at least 0, above 0, and at least 0 and below 1")
+        least = dict.fromkeys(("vocab_size", "seq_len", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff"), 1)
+        least |= dict(n_decoder_layers=int(self.architecture == "encoder-decoder"), d_head=0, norm_eps=0, mup_base_width=0)
+        if self.positions == "relative":
+            least["relative_buckets"] = 4  # one for distance 0 and one for all others, in either direction
+            least["relative_distance"] = self.relative_buckets // 2 + 1
+        for name, value in least.items():
+            if not getattr(self, name) >= value:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least {value}")
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta = {self.rope_theta} must be greater than 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
         if not self.d_head and self.d_model % self.n_heads:
             raise ValueError(f"n_heads = {self.n_heads} does not divide d_model = {self.d_model}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads = {self.n_kv_heads} does not divide n_heads = {self.n_heads}")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"d_model / n_heads = {self.head_dim} must be even for rotary positions")
-        if self.mup_base_width < 0:
-            raise ValueError(f"mup_base_width = {self.mup_base_width} must be at least 0")
 
     @property
     def head_dim(self) -> int:
@@ -130,17 +141,8 @@ def cast_for_products(h: Tensor) -> Tensor:
     return h.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else h
 
 
-# How the layers of these names split over ranks (Shoeybi et al., 2019, section 3), for a strategy that does it: "column"
-# by outputs, "row" by inputs, after which the ranks' results are summed, "vocab" by tokens. All others stay whole.
-SPLITS = {
-    **dict.fromkeys(("q", "k", "v", "up", "gate"), "column"),
-    **dict.fromkeys(("out", "down"), "row"),
-    **dict.fromkeys(("tokens", "proj"), "vocab"),
-}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention
+# Positions
 
 
 def rotary_table(length: int, head_dim: int, theta: float) -> Tensor:
@@ -167,16 +169,16 @@ class RelativeBias(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.n_heads))
 
     def bucket(self, offset: Tensor) -> Tensor:
-        """The bucket of each key's position less the query's."""
+        """The bucket of each offset, which is a key's position less the query's."""
         n = self.weight.shape[0]
         first = torch.zeros_like(offset)
         if self.bidirectional:  # half of the buckets for keys behind the query
             n //= 2
             first = (offset > 0) * n
             distance = offset.abs()
-        else:
+        else:  # what lies behind is not seen
             distance = (-offset).clamp(min=0)
-        near = n // 2
+        near = n // 2  # distances 0 .. near - 1 have a bucket each, those up to self.distance share the others
         far = (distance.clamp(min=1) / near).log() / math.log(self.distance / near) * (n - near)
         return first + torch.where(distance < near, distance, (near + far.long()).clamp(max=n - 1))
 
@@ -187,77 +189,15 @@ class RelativeBias(nn.Module):
         return self.weight[offsets].T.unfold(1, S, 1)[:, :T].flip(1)
 
 
-def hidden_keys(
-    first: int, T: int, S: int, causal: bool, visible: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """Which of S keys each of the queries at positions first .. first + T - 1 must not see: (T, S), (B, 1, 1, S) or
-    (B, 1, T, S), None where it sees all. See `attend`."""
-    hidden = torch.ones(T, S, dtype=torch.bool, device=device).triu(first + 1) if causal else None
-    if visible is not None:
-        beyond = (torch.arange(S, device=device) >= visible[:, None])[:, None, None, :]
-        hidden = beyond if hidden is None else hidden & beyond
-    return hidden
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool = True,
-    visible: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Attention of T queries (B, H, T, D) to S keys and values (B, H_kv, S, D). Returns (B, H, T, D).
-
-    causal: the queries are the last T of the S positions, and none sees a key behind its own.
-    visible (B,), at least 1: of the first so many keys of its row every query sees each, behind it or not; a query that is
-        not causal sees no others.
-    bias (H, T, S) is added to the scores; scale: what the products are multiplied by, 1 / sqrt(D) if None.
-    """
-    (B, H, T, D), (H_kv, S) = q.shape, k.shape[1:3]
-    scale = D**-0.5 if scale is None else scale
-    if q.device.type != "cpu" or not q.requires_grad:
-        plain = visible is None and bias is None
-        mask = None
-        if not (plain and (not causal or T == S or T == 1)):
-            hidden = hidden_keys(S - T, T, S, causal, visible, q.device)
-            mask = None if hidden is None else ~hidden
-            if bias is not None:
-                mask = bias.to(q.dtype) if hidden is None else bias.to(q.dtype).masked_fill(hidden, float("-inf"))
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=H != H_kv,
-            is_causal=plain and causal and T == S and T > 1,
-        )  # fmt: skip
-    # On a CPU the backward pass of scaled_dot_product_attention is the slowest part of a small model's step. Plain products
-    # are faster, over 128 queries at a time so that half of the scores that causality hides are never made. What is added
-    # to the scores goes into the product as where its sums begin, which no backward pass visits: masked_fill instead, and
-    # queries that are scaled before, take 1.2 to 1.45 times attention's time, 4% of a step.
-    group = H // H_kv  # query heads that share keys and values: more queries of one head
-    q = q.reshape(B * H_kv, group, T, D)
-    k, v = k.reshape(B * H_kv, S, D), v.reshape(B * H_kv, S, D)
-    parts = []
-    for start in range(0, T, 128):
-        t = min(128, T - start)
-        seen = S - T + start + t if causal and visible is None else S
-        added = q.new_zeros(()) if bias is None else bias[:, start : start + t, :seen].to(q.dtype)
-        hidden = hidden_keys(S - T + start, t, seen, causal, visible, q.device)
-        if hidden is not None:
-            added = added.masked_fill(hidden, float("-inf"))  # (t, seen), (H, t, seen) or (B, 1 or H, 1 or t, seen)
-        if added.dim() > 2 or added.dim() and group > 1:
-            added = added.expand(B, H, t, seen).reshape(B * H_kv, group * t, seen)
-        queries = q[:, :, start : start + t].reshape(B * H_kv, group * t, D)
-        beta = min(1, added.dim())  # 0: nothing is added
-        scores = torch.baddbmm(added, queries, k[:, :seen].mT, beta=beta, alpha=scale)  # (B * H_kv, group * t, seen)
-        weights = F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype)
-        parts.append((weights @ v[:, :seen]).view(B, H, t, D))
-    return torch.cat(parts, dim=-2)
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention, MLP and blocks
 
 
 class Attention(nn.Module):
     """Attention with separate query, key, value and output projections, each of which splits by heads: of a stream to
     itself ("causal" or "bidirectional") or to an encoder's output ("cross")."""
+
+    products = False  # see `attend`; chosen in machine.py
 
     def __init__(self, config: ModelConfig, kind: Literal["causal", "bidirectional", "cross"]):
         super().__init__()
@@ -280,10 +220,10 @@ class Attention(nn.Module):
         source: Tensor | None = None,
         visible: Tensor | None = None,
         bias: Tensor | None = None,
-        cache=None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """h (B, T, C) attends to itself and, with a cache, to earlier positions; "cross" to `source` (B, S, C), which
-        may be left out once the cache holds its keys and values."""
+        may be left out once the cache holds its keys and values. visible and bias: see nanopre.attention.attend."""
         B, T, _ = h.shape
         h = cast_for_products(h)
         q = self.q_norm(self.split(self.q(h)))  # (B, H, T, D)
@@ -299,7 +239,8 @@ class Attention(nn.Module):
                 q, k = rotate(q, table), rotate(k, table)
             if cache is not None:
                 k, v = cache.extend(k, v)  # (B, H_kv, S, D)
-        a = attend(q, k, v, self.kind == "causal", visible, bias, self.scale, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        a = attend(q, k, v, self.kind == "causal", visible, bias, self.scale, dropout, self.products)
         return self.out(a.transpose(1, 2).reshape(B, T, -1))
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,10 +251,6 @@ class Attention(nn.Module):
         """(B, T, heads * D) to (B, heads, T, D). The number of heads is left to view(): where a strategy has split the
         projections, fewer are here."""
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# MLP and blocks
 
 
 class MLP(nn.Module):
@@ -354,7 +291,15 @@ class Block(nn.Module):
             return norm(h + self.dropout(layer(h)))
         return h + self.dropout(layer(norm(h)))
 
-    def forward(self, h: Tensor, *rest: Tensor, cache=None, visible=None, bias=None, **_) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        h: Tensor,
+        *rest: Tensor,
+        cache: LayerCache | None = None,
+        visible: Tensor | None = None,
+        bias: Tensor | None = None,
+        **_,
+    ) -> tuple[Tensor, ...]:
         h = self.add(h, self.attn_norm, partial(self.attn, visible=visible, bias=bias, cache=cache))
         h = self.add(h, self.mlp_norm, self.mlp)
         return (self.out_norm(h), *rest)
@@ -368,7 +313,15 @@ class DecoderBlock(Block):
         super().__init__(config, "causal")
         self.cross_norm, self.cross = make_norm(config), Attention(config, "cross")
 
-    def forward(self, encoded, h, cache=None, visible=None, decoder_bias=None, **_) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        encoded: Tensor | None,
+        h: Tensor,
+        cache: LayerCache | None = None,
+        visible: Tensor | None = None,
+        decoder_bias: Tensor | None = None,
+        **_,
+    ) -> tuple[Tensor | None, Tensor]:
         h = self.add(h, self.attn_norm, partial(self.attn, bias=decoder_bias, cache=cache))
         h = self.add(h, self.cross_norm, partial(self.cross, source=encoded, visible=visible, cache=cache))
         h = self.add(h, self.mlp_norm, self.mlp)
@@ -391,7 +344,14 @@ class Embedding(nn.Module):
         self.norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, tokens, decoder_tokens=None, segments=None, cache=None, **_) -> tuple[Tensor | None, ...]:
+    def forward(
+        self,
+        tokens: Tensor | None,
+        decoder_tokens: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        **_,
+    ) -> tuple[Tensor | None, ...]:
         start = 0 if cache is None else cache.length
         if decoder_tokens is None:
             return (self.embed(tokens, start, segments),)
@@ -491,7 +451,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor | None,
         loss: Callable | None = None,
-        cache=None,
+        cache: KeyValueCache | None = None,
         decoder_tokens: Tensor | None = None,
         state: tuple[Tensor, ...] | None = None,
         **batch,
@@ -514,7 +474,7 @@ class Transformer(nn.Module):
             if (stream := streams[name]) is not None:
                 batch[name] = bias(stream.shape[1], past + stream.shape[1])
         for name, block in self.blocks.items():
-            if tokens is not None or hasattr(block, "cross"):
+            if tokens is not None or hasattr(block, "cross"):  # else the cache holds what the encoder has to say
                 state = block(*state, cache=None if cache is None else cache[name], **batch)
         return state if self.head is None else self.head(*state, loss=loss, **batch)
 
@@ -526,8 +486,7 @@ class Transformer(nn.Module):
         logits are scaled has 1, and unscaled attention smaller queries. With muP a wider model's blocks
         have smaller matrices.
         """
-        config = self.config
-        std = 0.02
+        config, std = self.config, 0.02
         if name.endswith(".bias") or "norm." in name:
             return None
         if name == "embed.tokens.weight" and config.scale_logits:
@@ -539,5 +498,15 @@ class Transformer(nn.Module):
         if name.endswith(".q.weight") and not config.scale_attention:
             return std * config.head_dim**-0.5
         if name.endswith((".out.weight", ".down.weight")) and not config.post_norm:
+            # A block of a decoder adds to the stream twice, one that attends to an encoder, too, three times.
             return std / math.sqrt(max(2 * config.n_layers, 3 * config.n_decoder_layers))
         return std
+
+
+SPLITS = {
+    **dict.fromkeys(("q", "k", "v", "up", "gate"), "column"),
+    **dict.fromkeys(("out", "down"), "row"),
+    **dict.fromkeys(("tokens", "proj"), "vocab"),
+}
+"""How the layers of these names split over ranks (Shoeybi et al., 2019, section 3), for a strategy that does it: "column" by
+outputs, "row" by inputs, after which the ranks' results are summed, "vocab" by tokens. All others stay whole."""

@@ -113,14 +113,13 @@ def plan(config: Config, plugins: Registry, world: World, model: nn.Module | Non
         shard = getattr(strategies[name], "degree", 1) or data
         if data % shard:
             nearest = max(n for n in range(1, shard + 1) if data % n == 0)
-            raise UserError(f"parallel.{name}.degree = {shard} does not divide the {data} data-parallel ranks; take {nearest}.")
+            ranks = f"{data} data-parallel rank{'s' if data > 1 else ''}"
+            raise UserError(f"parallel.{name}.degree = {shard} does not divide the {ranks}; take {nearest}.")
     sizes = {"pipeline": degree("pipeline"), "replicate": data // shard, "shard": shard, "tensor": degree("tensor")}
     # A strategy whose ranks are a single one has nothing to do; those of memory, and what comes last, always have.
     alone = {"pipeline": sizes["pipeline"], "tensor": sizes["tensor"], "data": data}
     strategies = {name: s for name, s in strategies.items() if alone.get(s.phase, 2) > 1}
     layout = Layout(world, sizes, strategies)
-    check_batch(config, layout)
-
     if model is None:
         with torch.device("meta"):  # the shape of the model, without its numbers, whatever its vocabulary will be
             model = config.model.build(vocab_size=64 * sizes["tensor"], seq_len=config.train.seq_len)
@@ -130,6 +129,7 @@ def plan(config: Config, plugins: Registry, world: World, model: nn.Module | Non
                 strategy.check(config, layout, model)
             except ValueError as error:
                 raise UserError(f"parallel.{name}: {error}.") from None
+    check_batch(config, layout)  # last, with a number of micro-batches that the schedule can have
     return layout
 
 
@@ -181,6 +181,7 @@ def apply(layout: Layout, model: nn.Module, here: Machine, loss: Callable, confi
     share = config.train.batch_size // layout.data_size  # rows of the global batch on this rank,
     micro = config.train.micro_batch_size or share // _microbatches(layout)  # of which so many go through the model at once
     layout.autocast, layout.example = here.autocast, example
+    here.choose_attention(model)
     if layout.world.size > 1:
         layout.mesh = init_device_mesh(here.device.type, tuple(layout.sizes.values()), mesh_dim_names=DIMENSIONS)
     parts = wrapped = [model]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_memory import PLUGINS, held
+from test_memory import HERE, PLUGINS, held
 from torch import nn
 
 from nanopre.distributed import initialise
@@ -18,6 +18,7 @@ def build(family: str, n_layers: int, T: int, mode: str, **options):
     options = {"d_model": C, "d_ff": F, "n_heads": H, "n_layers": n_layers, **options}
     model = PLUGINS.get("model", family, "test")(**options).build(vocab_size=96, seq_len=T)
     initialise(model, 0)
+    HERE.choose_attention(model)
     (model,) = PLUGINS.get("parallel", "activation_checkpointing", "test")(mode).apply([model], None)
     return model
 

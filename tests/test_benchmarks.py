@@ -106,3 +106,17 @@ def test_nanogpt_is_tuned_where_it_can_be_and_a_changed_one_is_refused(tmp_path)
     (checkout / "model.py").write_text("something else")
     with pytest.raises(RuntimeError, match='model.py has no "use_fused'):
         prepare(checkout, tmp_path / "again", vocab_size=65, tuned=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetuning.py", "--init=runs/x"], "name the data of a task: --polarity FOLDER, or"),
+        (["finetuning.py", "--init=runs/x", "--sick-test=file"], "--sick-train and --sick-test go together"),
+        (["convergence.py", "--train=a", "--val=b", "--only=mlm"], '--only: no row\'s name has "mlm" in it; there are: MLM,'),
+    ],
+)
+def test_nothing_to_measure_is_said(arguments, message):
+    script, *options = arguments
+    result = run_script(ROOT / "benchmarks" / script, *options)
+    assert result.returncode == 2 and message in result.stderr and not result.stdout

@@ -183,7 +183,7 @@ def test_the_interval_from_a_published_standard_error_is_about_the_bootstraps(bu
 
 
 def test_the_published_table_has_the_interval_of_its_exponent(budget):
-    """0.488 and 0.502 about 0.498, taken 1e4 times beyond 8.3e19 FLOP: factors of 1e4^-0.01 and 1e4^0.004."""
+    """At 8.3e19 x 1e4 FLOP, exponents 0.01 below and 0.004 above the estimate are factors of 1e4^-0.01 and 1e4^0.004."""
     said = budget("--law", "chinchilla-1", "--flops", 8.3e23)["chosen"]
     low, high = said["intervals"]["params"]
     assert low / said["params"] == pytest.approx(10**-0.04) and high / said["params"] == pytest.approx(10**0.016)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanopre import cost
+from nanopre import cost, machine
+from nanopre.config import Train
 from nanopre.model import ModelConfig, Transformer
 from nanopre.plugins import load_plugins
 
@@ -81,6 +82,7 @@ def test_parameters_are_those_of_the_built_model(architecture, bias, norm, activ
 def counted_flops(config: ModelConfig, T: int, D: int = 0, scored: int | None = None) -> int:
     """Forward and backward of two rows, as torch counts them: products of matrices alone."""
     model, tokens = Transformer(config), torch.zeros(2, T, dtype=torch.long)
+    machine.choose(Train(attention="products")).choose_attention(model)
     decoder_tokens = torch.zeros(2, D, dtype=torch.long) if D else None
     targets = torch.zeros(2, scored or D or T, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:

@@ -64,6 +64,23 @@ def test_gather_reads_on_from_the_start_at_the_end(n, length, start):
     assert split.gather(starts, length).tolist() == expected
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    length=st.integers(1, 64),
+    starts=st.lists(st.integers(0, 10_000), min_size=1, max_size=6),
+)
+def test_text_is_what_lies_between_the_ends_of_documents(sizes, length, starts):
+    documents = np.cumsum([0, *(size + 1 for size in sizes)])
+    tokens = np.arange(documents[-1], dtype=np.uint16)
+    split = Split(tokens, documents, documents, 0, bytes_tokenizer())
+    text = np.delete(tokens, documents[1:] - 1).tolist()
+    assert split.text.n_tokens == len(text)
+    starts = np.array(starts) % len(text)
+    expected = [[text[(s + i) % len(text)] for i in range(length)] for s in starts]
+    assert split.text.windows(starts, length).tolist() == expected
+
+
 @settings(max_examples=100, deadline=None)
 @given(n_tokens=st.integers(1, 500), length=st.integers(1, 40), seed=st.integers(0, 2**40), epoch=st.integers(0, 5))
 def test_an_epoch_sees_every_token(n_tokens, length, seed, epoch):

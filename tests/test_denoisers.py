@@ -23,7 +23,7 @@ MASK = 2
 
 
 def masked_split(n: int):
-    """test_spans' vocabulary, with a mask."""
+    """test_spans' vocabulary and documents, with a mask."""
     split = unique_split(n)
     split.tokenizer.mask = MASK
     return split

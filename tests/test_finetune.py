@@ -45,6 +45,7 @@ def pretrained(tmp_path_factory):
         "name": "encoder",
         "out_dir": str(folder.parent),
         "model": {"name": "bert", "d_model": 32, "n_layers": 2, "n_heads": 2},
+        "objective": {"name": "mlm_nsp", "nsp": False},
         "tokenizer": {"name": "bpe", "vocab_size": 400},
         "train": {"seq_len": 64},
     }
@@ -127,7 +128,7 @@ def test_the_model_tokenizer_and_length_are_the_defaults(pretrained, tuning):
     "override, sentence",
     [
         ("--model.name=gpt2", '--model.name: is "gpt2"; init_from is a "bert"; leave the name out.'),
-        ("--tokenizer.name=bytes", "--tokenizer: is set, but init_from brings its own; leave one of the two out."),
+        ("--tokenizer.name=bytes", "--tokenizer: is set, but init_from brings its own; leave one of the two out; configs/fine"),
         ("--init_from=runs/nope", "runs/nope: no such run; "),
         ("--model.d_model=64", "init_from: embed.tokens.weight has the shape (448, 32) in "),
         ("--model.n_layers=3", "has no weights for blocks.2.attn_norm.weight, which the configured model has."),
@@ -331,12 +332,12 @@ def test_labels_that_no_class_has_are_refused():
     part = Examples({"sentence": ["x", "y"], "label": ["good", "bad"]}, bytes_tokenizer())
     other = Examples({"sentence": ["x"], "label": ["goood"]}, bytes_tokenizer())
     objective = Classify()
-    with pytest.raises(UserError, match='the validation examples: the label "goood" is not among .*; did you mean good?'):
+    with pytest.raises(UserError, match=r'validation examples: the label "goood" is not among .*; did you mean good\? Or name'):
         objective.prepare(part, other)
     given_ = Classify(labels=["good", "bad", "mixed"])
     given_.prepare(part, part)
     assert given_.labels == ["good", "bad", "mixed"]
-    with pytest.raises(UserError, match='has the class "goood" only'):
+    with pytest.raises(UserError, match='of the examples to train on, the column "label" has "goood" only'):
         Classify().prepare(other, other)
     for labels in (["a"], ["a", "b", "a"]):
         with pytest.raises(ValueError, match="labels = "):
@@ -344,5 +345,11 @@ def test_labels_that_no_class_has_are_refused():
 
 
 def test_a_decoder_is_refused(reviews, tiny):
-    with pytest.raises(UserError, match="objective.name = classify is for encoders; the models of model.name = llama are"):
+    message = "objective.name = classify is for an encoder; model.name = llama is a decoder; --init_from=runs/NAME starts with"
+    with pytest.raises(UserError, match=message):
         train.main([*tiny, "--objective.name=classify", "--objective.label=kind", f"--data.corpus={reviews}"])
+
+
+def test_causal_lm_of_an_encoder_which_sees_its_targets_is_refused(tiny):
+    with pytest.raises(UserError, match="objective.name = clm is for a decoder; model.name = bert is an encoder"):
+        train.main([*tiny, "--model={name = 'bert', d_model = 32, n_layers = 1, n_heads = 2}"])

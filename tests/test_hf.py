@@ -231,6 +231,15 @@ DAMAGE = {
     ).write_text(json.dumps({"weight_map": {"lm_head.weight": "absent.safetensors"}})),
     r"its ids go up to 256, beyond the vocab_size of 200": lambda s: edit(s / "config.json", vocab_size=200),
     r"tokenizer.json: can't be read as JSON": lambda s: (s / "tokenizer.json").unlink(),
+    r"config.json: is no JSON object": lambda s: (s / "config.json").write_text("[]"),
+    r"config.json: model_type is \[\"llama\"\]; nanopre reads": lambda s: edit(s / "config.json", model_type=["llama"]),
+    r"tokenizer.json: not in the format of the package tokenizers \(KeyError: 'model'\)": lambda s: (
+        s / "tokenizer.json"
+    ).write_text("{}"),
+    r"tokenizer.json: not in the format of the package tokenizers \(AttributeError": lambda s: edit(
+        s / "tokenizer.json", model=[]
+    ),
+    r"hf: there are no weights for embed.tokens.weight": lambda s: (s / "model.safetensors.index.json").write_text("{}"),
 }
 
 
@@ -242,6 +251,13 @@ def test_a_damaged_folder_gives_one_clear_sentence(message, tmp_path, byte_token
         hf.import_model(source, tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_can_not_be_made(tmp_path):
+    make_run(tmp_path / "run", bytes_tokenizer(), MODELS["llama"])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/hf: the folder can't be made \(Not a directory\)"):
+        hf.export_model(tmp_path / "run", tmp_path / "file" / "hf")
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, byte_tokenizer_json):
@@ -346,7 +362,7 @@ def load(auto: str, folder: Path):
 T5_TINY = dict(name="t5", **TINY, n_decoder_layers=3, d_head=10, relative_buckets=12, relative_distance=40)
 ENCODERS = {
     "bert": ("AutoModelForPreTraining", "mlm_nsp", dict(name="bert", **TINY, norm_eps=1e-3)),
-    "bert without pairs": ("AutoModelForMaskedLM", "clm", dict(name="bert", **TINY)),
+    "bert without pairs": ("AutoModelForMaskedLM", "mlm_nsp", dict(name="bert", **TINY)),
     "t5 1.1": ("AutoModelForSeq2SeqLM", "span_corruption", T5_TINY),
     "t5 1.0": ("AutoModelForSeq2SeqLM", "span_corruption", T5_TINY | dict(activation="relu", tie_embeddings=True)),
 }
@@ -356,7 +372,8 @@ ENCODERS = {
 def test_an_exported_encoder_is_the_same_model_and_comes_back_the_same(name, tmp_path, objectives, capsys):
     auto, objective, model = ENCODERS[name]
     tokenizer = bytes_tokenizer()
-    ours = make_run(tmp_path / "run", tokenizer, model, objective=objective)
+    options = dict(nsp=False) if name == "bert without pairs" else {}
+    ours = make_run(tmp_path / "run", tokenizer, model, objective=objective, **options)
     hf.export_model(tmp_path / "run", tmp_path / "hf")
     theirs = load(auto, tmp_path / "hf")
     batch, their_batch, _ = padded_batch(theirs, (3, 31, 9 if "t5" in name else 0), [31, 7, 1])
@@ -533,7 +550,7 @@ def test_what_nanopre_does_not_compute_of_an_encoder_is_refused_by_its_key(make,
     ],
 )
 def test_an_encoder_without_a_counterpart_is_not_exported(model, tmp_path):
-    make_run(tmp_path / "run", bytes_tokenizer(), model)
+    make_run(tmp_path / "run", bytes_tokenizer(), model, objective="mlm_nsp")
     with pytest.raises(UserError, match="run: no model of transformers"):
         hf.export_model(tmp_path / "run", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

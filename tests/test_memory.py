@@ -14,12 +14,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.profiler import ProfilerActivity, profile
 
-from nanopre import UserError, checkpoint, config as configs, optim, parallel
+from nanopre import UserError, checkpoint, config as configs, machine, optim, parallel
+from nanopre.config import Train
 from nanopre.distributed import World, initialise
 from nanopre.generate import generate
 from nanopre.plugins import load_plugins
 
-PLUGINS = load_plugins()
+PLUGINS, HERE = load_plugins(), machine.choose(Train(device="cpu"))
 B, T, C, F, H, V = 4, 64, 32, 48, 2, 96
 STREAM = B * T * C * 4  # bytes of a stream in float32
 FULL, SELECTIVE, NONE = ({"activation_checkpointing": {"mode": mode}} for mode in ("full", "selective", "none"))
@@ -30,6 +31,7 @@ def build(strategies: dict, family: str = "gpt2", n_layers: int = 2, **options):
     options = {"d_model": C, "n_heads": H, "d_ff": F, "n_layers": n_layers, **options}
     model = PLUGINS.get("model", family, "test")(**options).build(vocab_size=V, seq_len=T)
     initialise(model, 0)
+    HERE.choose_attention(model)
     for name, values in parallel.in_order({n: PLUGINS.get("parallel", n, "test")(**o) for n, o in strategies.items()}).items():
         assert values.phase == "memory", name
         (model,) = values.apply([model], None)

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanopre import cost, hf
+from nanopre.attention import attend
 from nanopre.distributed import initialise
 from nanopre.loss import IGNORE, LinearCrossEntropy
-from nanopre.model import ModelConfig, RelativeBias, Transformer, attend
+from nanopre.model import ModelConfig, RelativeBias, Transformer
 from nanopre.plugins import load_plugins
 
 transformers = pytest.importorskip("transformers")
@@ -335,7 +336,7 @@ def test_attention_in_blocks_equals_softmax_of_masked_scores(T, cached, group, s
     visible = torch.arange(S) <= torch.arange(T).unsqueeze(1) + cached
     expected = scores.where(visible, -math.inf).softmax(-1) @ values
     assert (attend(q, k, v) - expected).abs().max() < 1e-5
-    assert (attend(q.requires_grad_(), k, v) - expected).abs().max() < 1e-5
+    assert (attend(q.requires_grad_(), k, v, products=True) - expected).abs().max() < 1e-5
 
 
 @given(
@@ -368,8 +369,10 @@ def test_attention_with_padding_prefixes_and_biases_is_the_textbooks(T, S, mode,
     for b in range(B):
         scores[b] = scores[b].where(torch.tensor([[sees(i, j, b) for j in range(S)] for i in range(T)]), -math.inf)
     expected = scores.softmax(-1) @ values
-    for inputs in (q, q.clone().requires_grad_()):
-        assert (attend(inputs, k, v, mode == "causal", visible, bias, scale) - expected).abs().max() < 1e-5
+    q.requires_grad_()
+    for products in (False, True):
+        a = attend(q, k, v, mode == "causal", visible, bias, scale, products=products)
+        assert (a - expected).abs().max() < 1e-5
 
 
 BERT = dict(
@@ -458,7 +461,7 @@ def test_blocks_leave_out_scores_that_causality_hides():
     """4 blocks of 128 queries see 128, 256, 384 and 512 keys: 10/16 of all scores, in each of two products."""
     q, k, v = (torch.randn(1, 1, 512, 8, requires_grad=True) for _ in range(3))
     with FlopCounterMode(display=False) as counter:
-        attend(q, k, v)
+        attend(q, k, v, products=True)
     assert counter.get_total_flops() == 2 * (2 * 512 * 512 * 8) * 10 / 16
 
 
@@ -703,9 +706,14 @@ def test_parameters_are_counted_in_closed_form(family, bias, tied, qk_norm):
         (dict(n_heads=0), "n_heads = 0 must be at least 1"),
         (dict(n_layers=0), "n_layers = 0 must be at least 1"),
         (dict(d_model=-32), "d_model = -32 must be at least 1"),
-        (dict(dropout=2), "dropout = 2: must be at least 0, above 0, and at least 0 and below 1"),
-        (dict(norm_eps=-1), "norm_eps = -1"),
-        (dict(rope_theta=0), "rope_theta = 0"),
+        (dict(dropout=2), "^dropout = 2 must be at least 0 and below 1"),
+        (dict(norm_eps=-1), "norm_eps = -1 must be at least 0"),
+        (dict(norm_eps=math.nan), "norm_eps = nan must be at least 0"),
+        (dict(rope_theta=0), "rope_theta = 0 must be greater than 0"),
+        (dict(d_head=-4), "d_head = -4 must be at least 0"),
+        (dict(architecture="encoder-decoder", n_decoder_layers=-1), "n_decoder_layers = -1 must be at least 1"),
+        (dict(positions="relative", relative_buckets=3), "relative_buckets = 3 must be at least 4"),
+        (dict(positions="relative", relative_distance=16), "relative_distance = 16 must be at least 17"),
         (dict(d_model=12), "d_model / n_heads = 3 must be even for rotary positions"),
     ],
 )

@@ -55,6 +55,16 @@ def test_options_that_can_not_be_are_refused(strategies, sentence):
     assert refusal(2, parallel=strategies) == sentence
 
 
+@pytest.mark.parametrize("before, after", [("interleaved_1f1b", "1f1b"), ("1f1b", "interleaved_1f1b")])
+def test_a_schedule_that_comes_later_has_its_own_number_of_stages(before, after):
+    """A saved config says what was given, so that a run may go on with another schedule: it has as many stages a rank as if
+    it had been the first."""
+    config, _ = configs.from_dict({"parallel": {"pipeline": {"schedule": before}}}, "test")
+    saved = configs.to_dict(config)
+    saved["parallel"]["pipeline"]["schedule"] = after
+    assert configs.from_dict(saved, "test")[0].parallel["pipeline"].stages == (2 if after == "interleaved_1f1b" else 1)
+
+
 # How ranks and batch are shared out.
 
 
@@ -90,15 +100,43 @@ def test_data_parallelism_takes_the_ranks_that_are_left(ranks, strategies, sizes
         (4, {"tensor": {"degree": 4}},
          "parallel.tensor: degree = 4 does not divide n_kv_heads = 2; take 2, or n_kv_heads = 4."),
         (8, {"pipeline": {"degree": 8}},
-         "parallel.pipeline: 8 stages are more than the model's 4 blocks; take a degree of at most 4."),
+         "parallel.pipeline: 8 stages are more than the model's 4 blocks; take degree = 4."),
         (4, {"pipeline": {"degree": 4, "schedule": "interleaved_1f1b"}},
-         "parallel.pipeline: 8 stages are more than the model's 4 blocks; take a degree of at most 2."),
+         "parallel.pipeline: 8 stages are more than the model's 4 blocks; take degree = 2, or stages_per_rank = 1."),
+        (2, {"pipeline": {"schedule": "zero_bubble", "stages_per_rank": 5}},
+         "parallel.pipeline: 10 stages are more than the model's 4 blocks; take degree = 1, or stages_per_rank = 2."),
+        (16, {"tensor": {"degree": 3}}, "parallel: tensor 3 does not divide 16 processes; take 15 or 18 processes "
+         "(torchrun --nproc-per-node=18)."),
+        (3, {"tensor": {"degree": 3}}, "parallel.tensor: degree = 3 does not divide n_heads = 4; take 1, or n_heads = 6."),
+        (8, {"fsdp": {"degree": 2}, "tensor": {"degree": 8}},
+         "parallel.fsdp.degree = 2 does not divide the 1 data-parallel rank; take 1."),
+        (2, {"pipeline": {"schedule": "interleaved_1f1b", "microbatches": 5}},
+         "parallel.pipeline: interleaved_1f1b needs a multiple of 2 microbatches; take 6."),
         (4, {"pipeline": {"degree": 4, "microbatches": 2}},
          "parallel.pipeline: 1f1b needs at least as many microbatches as ranks; take 4."),
     ],
 )  # fmt: skip
 def test_impossible_layouts_are_refused_with_a_possible_one(ranks, strategies, message):
     assert refusal(ranks, parallel=strategies, train={"batch_size": 48}) == message
+
+
+@pytest.mark.parametrize(
+    "strategies, train, sentence",
+    [
+        ({"activation_checkpointing": {"mode": "selective"}}, {},
+         'goes backward in two halves and can\'t have activation_checkpointing.mode = "selective", which lets it go through a '
+         'block once; take "interleaved_1f1b".'),
+        ({"fsdp": {}}, {}, "needs parallel.fsdp.reshard_after_forward = false, to have gathered weights at hand; or take "
+         '"interleaved_1f1b".'),
+        ({}, {"compile": "on"}, 'can\'t have train.compile = "on", whose compiled backward pass is one piece; take "off" or '
+         '"auto".'),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_backward_in_halves_is_refused_beside_zero_bubble(strategies, train, sentence):
+    """Each of these ended in torch's traceback in the first step, or lost gradients."""
+    pipeline = {"pipeline": {"schedule": "zero_bubble", "microbatches": 2}}
+    assert refusal(4, parallel={**pipeline, **strategies}, train=train) == f"parallel.pipeline: zero_bubble {sentence}"
+    plan(4, parallel={"pipeline": {**pipeline["pipeline"], "schedule": "interleaved_1f1b"}, **strategies}, train=train)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +310,7 @@ def fused_and_separate() -> tuple[float, float]:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     from nanopre import model as models
+    from nanopre.attention import attend
 
     config = models.ModelConfig(
         vocab_size=64, seq_len=8, d_model=32, n_layers=1, n_heads=4, n_kv_heads=4, d_ff=32, positions="rope",
@@ -290,7 +329,7 @@ def fused_and_separate() -> tuple[float, float]:
         def forward(self, h):
             q, k, v = map(self.split, self.qkv(h).chunk(3, dim=-1))
             table = self.rope[:, : h.shape[1]]
-            a = models.attend(models.rotate(q, table), models.rotate(k, table), v)
+            a = attend(models.rotate(q, table), models.rotate(k, table), v)
             return self.out(a.transpose(1, 2).reshape(*h.shape[:2], -1))
 
     torch.manual_seed(0)

@@ -37,7 +37,7 @@ def make(architecture: str, vocab_size: int = 3000, seq_len: int = 24):
 @pytest.mark.parametrize("architecture", MODELS)
 def test_the_suffix_is_predicted_token_by_token(architecture):
     _, objective = make(architecture)
-    batch = objective.batch(unique_split(5_000), np.arange(500), 24, seed=1)
+    batch = objective.batch(unique_split(5_000, document=0), np.arange(500), 24, seed=1)
     for i in range(500):
         p, targets = batch["visible"][i], batch["targets"][i]
         window = 1000 + (batch["tokens"][i][0] - 1000 + np.arange(25)) % 5_000  # tokens that follow each other
@@ -54,7 +54,7 @@ def test_the_suffix_is_predicted_token_by_token(architecture):
 
 def test_the_cut_is_uniform():
     objective = make("decoder")[1]
-    cuts = objective.batch(unique_split(5_000), np.arange(24_000), 24, seed=1)["visible"]
+    cuts = objective.batch(unique_split(5_000, document=0), np.arange(24_000), 24, seed=1)["visible"]
     counts = np.bincount(cuts, minlength=25)[1:]
     assert len(counts) == 24 and ((counts - 1000) ** 2 / 1000).sum() < 56.0  # chi-square, 23 degrees: 1 in 10,000
 
@@ -88,14 +88,14 @@ def test_a_token_of_the_text_moves_the_scores_that_may_depend_on_it(architecture
             each = F.cross_entropy(model(**batch)[0], targets, reduction="none", ignore_index=IGNORE)
         return arrays["visible"][0], each[targets != IGNORE].numpy()
 
-    cuts = objective.batch(unique_split(500), np.arange(200), 24, seed=1)["visible"]
+    cuts = objective.batch(unique_split(500, document=0), np.arange(200), 24, seed=1)["visible"]
     for row in (cuts.argmin(), np.abs(cuts - 12).argmin(), cuts.argmax()):
-        split = unique_split(500)
+        split = unique_split(500, document=0)
         first = objective.batch(split, np.array([row]), 24, seed=1)["tokens"][0, 0] - 1000
         p, before = scores(split)
         assert p == cuts[row] and len(before) == 25 - p
         for j in range(25):
-            changed = unique_split(500)
+            changed = unique_split(500, document=0)
             changed.tokens[(first + j) % 500] += 700
             moved = np.abs(scores(changed)[1] - before) > 1e-6
             assert (moved == (np.arange(p, 25) >= (j if j >= p else 0))).all(), (row, j)
@@ -104,7 +104,7 @@ def test_a_token_of_the_text_moves_the_scores_that_may_depend_on_it(architecture
 @pytest.mark.parametrize("architecture", MODELS)
 def test_rows_depend_on_seed_and_number_alone(architecture):
     _, objective = make(architecture)
-    split, rows = unique_split(2_000), np.array([7, 3, 400, 7])
+    split, rows = unique_split(2_000, document=0), np.array([7, 3, 400, 7])
     together = objective.batch(split, rows, 24, seed=5)
     for i, row in enumerate(rows):
         alone = objective.batch(split, np.array([row]), 24, seed=5)
@@ -115,7 +115,7 @@ def test_rows_depend_on_seed_and_number_alone(architecture):
 @pytest.mark.parametrize("architecture", MODELS)
 def test_the_loss_is_that_of_full_logits(architecture):
     model, objective = make(architecture)
-    arrays = objective.batch(unique_split(2_000), np.arange(6), 24, seed=2)
+    arrays = objective.batch(unique_split(2_000, document=0), np.arange(6), 24, seed=2)
     batch = {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
     part, counts = model(**batch, loss=objective.loss)["loss"], objective.counts(arrays, UniqueTokens)
     targets = batch.pop("targets")
@@ -128,7 +128,7 @@ def test_the_loss_is_that_of_full_logits(architecture):
 @pytest.mark.parametrize("architecture", MODELS)
 def test_evaluation_is_fixed_and_ends_where_the_text_ends(architecture):
     _, objective = make(architecture)
-    split = unique_split(1_000)
+    split = unique_split(1_000, document=0)
     n = objective.rows_per_epoch(split, 24)
     batch = objective.batch(split, np.arange(n + 4), 24, None)
     again = objective.batch(split, np.arange(n + 4)[::-1], 24, None)

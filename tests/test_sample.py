@@ -14,7 +14,7 @@ from conftest import ENVIRONMENT, ROOT
 
 import sample
 import train
-from nanopre import UserError, checkpoint, config as configs
+from nanopre import UserError, checkpoint, config as configs, distributed
 from nanopre.generate import fill_masks, fill_sentinels, generate
 from nanopre.tokenizer import bpe_tokenizer, bytes_tokenizer
 
@@ -114,11 +114,14 @@ def test_odd_arguments_get_one_sentence(trained, arguments, message):
 TEXTS = ["The small cat sat on the mat. The big dog sees a small bird in the tree. A house likes the cat."]
 
 
-def random_run(tmp_path, model: dict, tokenizer):
+OBJECTIVES = {"llama": {"name": "clm"}, "bert": {"name": "mlm_nsp", "nsp": False}, "t5": {"name": "span_corruption"}}
+
+
+def random_run(tmp_path, model: dict, tokenizer, objective: dict | None = None):
     """A run of a tiny model with random weights, as `nanopre.hf import` makes one."""
     table = {"name": "tiny", "model": {"d_model": 32, "n_heads": 2, "n_layers": 2, **model}, "train": {"seq_len": 48}}
-    config, _ = configs.from_dict(table, "test")
-    built = config.model.build(vocab_size=-(-tokenizer.n_vocab // 64) * 64, seq_len=48)
+    config, _ = configs.from_dict({**table, "objective": objective or OBJECTIVES[model["name"]]}, "test")
+    built = distributed.build_model(config, tokenizer)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in built.parameters():
@@ -195,6 +198,66 @@ def test_prompts_that_can_not_be_filled_are_refused(tmp_path, model, name):
         sample.main([str(tmp_path / "tiny"), "--prompt", "The cat"])
     with pytest.raises(UserError, match=r"the prompt is \d+ tokens long; the model reads 48."):
         sample.main([str(tmp_path / "tiny"), "--prompt", name + "a" * 48])
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[list[int], dict]]:
+    """What `generate` is asked: (prompt, options) of each call, which makes no token."""
+    calls = []
+    monkeypatch.setattr("nanopre.generate.generate", lambda model, prompt, **o: calls.append((prompt, o)) or iter([]))
+    return calls
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_ul2_reads_a_mode_and_the_end_of_text_as_in_training(tmp_path, family, asked, capsys):
+    t = bytes_tokenizer()
+    random_run(tmp_path, {"name": family}, t, {"name": "ul2"})
+    a, regular, suffix = t.sentinels[[0, 97, 99]].tolist()
+    for prompt, expected in (
+        ("A <extra_id_0>.", [regular, *b"A ", a, *b".", t.eot]),
+        ("A cat", [suffix, *b"A cat", t.eot]),
+        ("", [suffix, t.eot]),
+        ("a" * 60, [suffix, *b"a" * 46, t.eot]),
+    ):
+        sample.main([str(tmp_path / "tiny"), "--prompt", prompt, "--json"])
+        start, options = asked.pop()
+        if family == "t5":
+            assert (start, options["source"]) == ([t.pad], expected)
+        else:
+            assert start == expected and options["bidirectional_prompt"]
+        assert ("spans" in json.loads(capsys.readouterr().out)) == ("<extra_id_0>" in prompt)
+
+
+def test_bart_reads_masks_and_writes_the_whole_text(tmp_path, asked, monkeypatch, capsys):
+    t = bytes_tokenizer()
+    random_run(tmp_path, {"name": "t5"}, t, {"name": "bart"})
+    sample.main([str(tmp_path / "tiny"), "--prompt", "A [MASK]."])
+    start, options = asked.pop()
+    assert (start, options["source"], options["stop"]) == ([t.pad], [*b"A ", t.mask, *b".", t.eot], t.eot)
+    monkeypatch.setattr("nanopre.generate.generate", lambda *_, **__: iter(b"A cat."))
+    capsys.readouterr()
+    sample.main([str(tmp_path / "tiny"), "--prompt", "A [MASK]."])
+    assert capsys.readouterr().out == "A cat.\n"
+    with pytest.raises(UserError, match=r"the prompt has no \[MASK\] to fill"):
+        sample.main([str(tmp_path / "tiny"), "--prompt", "A cat."])
+
+
+def test_electra_tells_which_tokens_are_fake(tmp_path, capsys):
+    t = bytes_tokenizer()
+    run = random_run(tmp_path, {"name": "bert"}, t, {"name": "electra"})
+    tokens = torch.tensor([[t.cls, *b"A cat", t.sep]])
+    with torch.no_grad():
+        (h,) = run.model.embed(tokens)
+        for block in run.model.blocks.values():
+            (h,) = block(h)
+        right = torch.sigmoid(run.model.head.outputs["fake"](h))[0, 1:-1, 0]
+    sample.main([str(tmp_path / "tiny"), "--prompt", "A cat", "--json"])
+    fakes = json.loads(capsys.readouterr().out)["fakes"]
+    assert "".join(fake["token"] for fake in fakes) == "A cat"
+    assert [fake["fake"] for fake in fakes] == pytest.approx(right.tolist(), rel=1e-4)
+    for prompt, message in (("", "the prompt is empty"), ("a" * 47, "the prompt is 49 tokens long; the model reads 48")):
+        with pytest.raises(UserError, match=message):
+            sample.main([str(tmp_path / "tiny"), "--prompt", prompt])
 
 
 def test_an_objective_may_say_what_a_prompt_is_for(tmp_path, capsys, monkeypatch):

@@ -140,7 +140,7 @@ def test_a_model_is_asked_as_it_was_trained(monkeypatch):
         assert temperature == 0 and stop == EOT
         return iter(ids("yes") if len(asked) == 1 else ids("yes or no"))
 
-    monkeypatch.setitem(Seq2Seq.write.__globals__, "generate", generate)
+    monkeypatch.setattr("nanopre.generate.generate", generate)
     objective, model = Seq2Seq(template="q: {source}", max_target=6, eval_examples=2), make()
     split = Examples({"source": ["a", "b" * 20, "unasked"], "target": ["yes", "yes", "yes"]}, BYTES)
     assert objective.evaluate(model, split, 16) == {"exact_match": 0.5, "f1": pytest.approx(0.75)}

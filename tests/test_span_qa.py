@@ -336,6 +336,13 @@ def test_without_examples_nothing_is_answered():
     assert SpanQA(eval_examples=0).evaluate(None, examples([("q", "a dog", "dog", "2")]), 32) == {}
 
 
+@pytest.mark.parametrize("content", ["", "[1]", '{"data": 5}', '{"data": [{}]}', '{"data": [{"paragraphs": [{"qas": []}]}]}'])
+def test_a_file_of_another_format_is_named(tmp_path, content):
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(UserError, match="data.corpus: .*other.json is not in SQuAD's format"):
+        list(REGISTRY.get("dataset", "squad", "test")(path=str(tmp_path / "other.json")).records())
+
+
 def test_a_whole_run(tiny, tmp_path, capsys):
     """From a file of SQuAD's format, with a question that has no answer."""
     context = "The cat sat on the mat and the dog lay by the door. " * 2

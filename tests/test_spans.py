@@ -20,16 +20,22 @@ SpanCorruption = REGISTRY.get("objective", "span_corruption", "test")
 
 
 class UniqueTokens:
-    """A vocabulary in which a text's tokens are 1000 + position, so that every token tells where it comes from."""
+    """A vocabulary in which a text's tokens are 1000 + their number in it, so that every token tells where it comes from."""
 
     pad, eot = 0, 1
     sentinels = np.arange(100, 200)
     bytes_per_token = np.repeat([0, 2], [1000, 20_000])
 
 
-def unique_split(n: int) -> Split:
+def unique_split(n: int, document: int = 37) -> Split:
+    """A text of n tokens in documents of so many, each with its end; of documents of 0 tokens one without."""
     tokens = np.arange(1000, 1000 + n, dtype=np.uint32)
-    return Split(tokens, np.array([0, n]), np.array([0, n]), n, UniqueTokens())
+    documents = np.array([0, n])
+    if document:
+        ends = np.append(np.arange(document, n, document), n)
+        tokens = np.insert(tokens, ends, UniqueTokens.eot)
+        documents = np.append(0, ends + np.arange(1, len(ends) + 1))
+    return Split(tokens, documents, documents, n, UniqueTokens())
 
 
 def rebuild(inputs: np.ndarray, targets: np.ndarray) -> list[int]:
@@ -59,12 +65,13 @@ def test_t5s_own_lengths():
     density=st.floats(0, 1),
     mean=st.floats(1, 20),
     n=st.integers(1, 3000),
+    document=st.integers(1, 800),
     seed=st.one_of(st.none(), st.integers(0, 2**40)),
     first=st.integers(0, 10**6),
 )
 @settings(max_examples=200, deadline=None)
-def test_the_text_is_rebuilt_exactly(seq_len, density, mean, n, seed, first):
-    objective, split = SpanCorruption(density, mean), unique_split(n)
+def test_the_text_is_rebuilt_exactly(seq_len, density, mean, n, document, seed, first):
+    objective, split = SpanCorruption(density, mean), unique_split(n, document)
     length = raw_length(seq_len, density, mean)
     noise, spans = noise_counts(length, density, mean)
     first = first % objective.rows_per_epoch(split, seq_len) if seed is None else first
@@ -82,7 +89,7 @@ def test_the_text_is_rebuilt_exactly(seq_len, density, mean, n, seed, first):
     assert scored.all() or seed is None
     assert inputs[-1] == targets[-1] == UniqueTokens.eot
 
-    text = rebuild(inputs, targets)
+    text = rebuild(inputs, targets)  # without the ends of documents, so that none is hidden
     assert text == [1000 + (text[0] - 1000 + i) % n for i in range(length)]  # `length` tokens that follow each other
     is_sentinel = (inputs >= 100) & (inputs < 200)
     assert inputs[is_sentinel].tolist() == list(range(100, 100 + spans))  # each once, in order

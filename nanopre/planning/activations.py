@@ -92,7 +92,7 @@ def attention(c: ModelConfig, k: Kernels, x: Tokens, S: int, causal: bool, biase
     if not k.queries:
         mask = (heads if biased else 1) * (x.rows if x.visible else 1) * T * S * p if biased or x.visible else 0
         return kept + query + 2 * key + 4 * x.rows * heads * T + mask
-    # attend's plain products: scores of some queries at a time, of those keys that causality leaves.
+    # attend_by_products: scores of some queries at a time, of those keys that causality leaves.
     ends = [min(start + k.queries, T) for start in range(0, T, k.queries)]
     lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     seen = [S - T + end if causal and not x.visible else S for end in ends]

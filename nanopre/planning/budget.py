@@ -154,14 +154,9 @@ def flops_for(law: Law, params: float) -> float:
     """The budget for which so many parameters are the best number. Raises UserError where none from 1 to MOST FLOPs is."""
     least, most = (float(law.allocate(flops).params) for flops in (1.0, MOST))
     if not least < params < most:
-        raise UserError(
-            f"--params {params:g}: must be between {least:.3g} and {most:.3g}, the best for 1 and for {MOST:g} FLOP."
-        )
-
-    def too_many(log_flops: float) -> float:
-        return math.log(law.allocate(math.exp(log_flops)).params / params)
-
-    return math.exp(brentq(too_many, 0.0, math.log(MOST)))
+        bounds = f"between {least:.3g} and {most:.3g}, the best for 1 and for {MOST:g} FLOP"
+        raise UserError(f"--params {params:g}: must be {bounds}.")
+    return math.exp(brentq(lambda log_flops: math.log(law.allocate(math.exp(log_flops)).params / params), 0.0, math.log(MOST)))
 
 
 def short(number: float) -> str:

@@ -106,7 +106,8 @@ def enumerate_layouts(
     config: Config, plugins: Registry, gpus: int, n_blocks: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """(strategies, micro-batch size) of every layout: degrees that multiply to the GPUs, schedules, what is computed again,
-    ZeRO's stages 0 (ddp), 2 and 3 (fsdp). GPipe is left out: it takes as long as 1F1B and holds more."""
+    ZeRO's stages 0 (ddp), 2 and 3 (fsdp). GPipe is left out: it takes as long as 1F1B and holds more. So are zero-bubble
+    schedules whose blocks are computed again, which they do for each layer's weights anew."""
 
     def make(name: str, **options):
         given = config.parallel.get(name)
@@ -120,7 +121,7 @@ def enumerate_layouts(
         options = {"degree": degree, "microbatches": microbatches}
         return [
             {"pipeline": make("pipeline", **options, schedule=schedule, stages_per_rank=v)}
-            for schedule, v in [("1f1b", 1), *several]
+            for schedule, v in [("1f1b", 0), *several]
         ]
 
     own = ("ddp", "fsdp", "tensor", "pipeline", "activation_checkpointing")
@@ -138,6 +139,8 @@ def enumerate_layouts(
             zeros = [{"ddp": make("ddp")}, *sharded] if data > 1 else [{}]
             for micro in divisors(share):
                 for pipeline, again, zero in product(pipelines(degree, share // micro), recomputations, zeros):
+                    if again and pipeline and pipeline["pipeline"].schedule == "zero_bubble":
+                        continue
                     yield {**pipeline, **tensors, **again, **zero, **rest}, micro
 
 
@@ -174,7 +177,7 @@ def step_time(
     c, sizes, s = model.config, layout.sizes, layout.strategies
     p, t, d = sizes["pipeline"], sizes["tensor"], layout.data_size
     pipe, fsdp = s.get("pipeline"), s.get("fsdp")
-    v = pipe.stages_per_rank if pipe else 1
+    v = pipe.stages if pipe else 1
     rows = memory.rows_at_once(config, layout)
     m = config.train.batch_size // d // rows  # micro-batches of a rank in a step
     mode = s["activation_checkpointing"].mode if "activation_checkpointing" in s else "none"

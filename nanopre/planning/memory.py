@@ -257,12 +257,13 @@ def estimate(
     weights = weights or Weights(model, t, r, getattr(config.optimizer, "state_bytes", two_moments))
     w, n_flight = weight_bytes(config), in_flight(layout)
     pipe, fsdp = strategies.get("pipeline"), strategies.get("fsdp")
-    v = pipe.stages_per_rank if pipe else 1
+    v = pipe.stages if pipe else 1
     share = config.train.batch_size // layout.data_size
     recomputes = "activation_checkpointing" in strategies and strategies["activation_checkpointing"].mode != "none"
     m = of_layout(config, layout, model, example, device, products)
     # Compiled blocks cast weights again in the backward pass, and FSDP may gather them cast.
     compiled = config.train.compile == "on" or config.train.compile == "auto" and device != "cpu"
+    compiled = compiled and not (pipe and pipe.schedule == "zero_bubble")  # whose blocks never are
     casts = products < w and not compiled and not (fsdp and fsdp.param_dtype == "bfloat16")
     offloaded = bool(fsdp and fsdp.cpu_offload) and device != "cpu"
     # Gradients that are there before a step's last backward pass begins: of earlier micro-batches, and DDP's buckets. FSDP in

@@ -17,9 +17,12 @@ class SQuAD:
 
     path: str = ""  # the .json file
 
-    def articles(self) -> list[dict]:
+    def paragraphs(self) -> list[tuple[str, list[dict[str, str]]]]:
+        """(context, the records of its questions) of each paragraph."""
         try:
-            return json.loads(Path(self.path).read_text(encoding="utf-8"))["data"]
+            articles = json.loads(Path(self.path).read_text(encoding="utf-8"))["data"]
+            paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+            return [(p["context"], [record(p["context"], qa) for qa in p["qas"]]) for p in paragraphs]
         except OSError as error:
             raise UserError(
                 f"data.corpus: the file {self.path!r} can't be read ({error.strerror}); give it as --data.corpus.path=FILE."
@@ -28,23 +31,25 @@ class SQuAD:
             raise UserError(f"data.corpus: {self.path} is not in SQuAD's format ({type(error).__name__}: {error}).") from None
 
     def records(self) -> Iterator[dict[str, str]]:
-        """A question with several answers has the first of them; one without has "" and "-1"."""
-        for article in self.articles():
-            for paragraph in article["paragraphs"]:
-                for qa in paragraph["qas"]:
-                    answer = qa["answers"][0] if qa["answers"] else {"text": "", "answer_start": -1}
-                    yield {
-                        "question": qa["question"],
-                        "context": paragraph["context"],
-                        "answer": answer["text"],
-                        "answer_start": str(answer["answer_start"]),
-                    }
+        for _, records in self.paragraphs():
+            yield from records
 
     def documents(self) -> Iterator[str]:
-        return (paragraph["context"] for article in self.articles() for paragraph in article["paragraphs"])
+        return (context for context, _ in self.paragraphs())
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.articles()).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.paragraphs()).encode()).hexdigest()
+
+
+def record(context: str, qa: dict) -> dict[str, str]:
+    """A question with several answers has the first of them; one without has "" and "-1"."""
+    answer = qa["answers"][0] if qa["answers"] else {"text": "", "answer_start": -1}
+    return {
+        "question": qa["question"],
+        "context": context,
+        "answer": answer["text"],
+        "answer_start": str(answer["answer_start"]),
+    }
 
 
 @hookimpl

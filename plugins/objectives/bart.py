@@ -12,6 +12,7 @@ from torch import Tensor
 from nanopre import UserError, hookimpl
 from nanopre.config import at_least, fraction
 from nanopre.data import Split, random32, row_keys, window_starts
+from nanopre.generate import answer, check_length, encode_masked
 from nanopre.loss import IGNORE
 from nanopre.tokenizer import Tokenizer
 
@@ -33,15 +34,15 @@ class BART:
     def rows_per_epoch(self, split: Split, seq_len: int) -> int:
         if seq_len < 2:
             raise UserError("train.seq_len = 1 holds no token beside the end of text; take 2 or more.")
-        return -(-split.n_tokens // (seq_len - 1))
+        return -(-split.text.n_tokens // (seq_len - 1))
 
     def batch(self, split: Split, rows: np.ndarray, seq_len: int, seed: int | None) -> dict[str, np.ndarray]:
         """{"tokens" (R, seq_len), "visible" (R,), "decoder_tokens", "targets" (R, n + 1)} of windows of n = seq_len - 1
         tokens. Spans are drawn until they hide ceil(mask_fraction * n) tokens, the last of them cut short, and lie anywhere
         between the tokens that stay. There are no more masks than hidden tokens, so that a row never grows."""
-        n, R, tokenizer = seq_len - 1, len(rows), split.tokenizer
-        starts = rows * n if seed is None else window_starts(split, rows, n, seed)
-        text = split.gather(starts % split.n_tokens, n)
+        n, R, tokenizer, running = seq_len - 1, len(rows), split.tokenizer, split.text
+        starts = rows * n if seed is None else window_starts(running, rows, n, seed)
+        text = running.windows(starts % running.n_tokens, n)
         budget = math.ceil(Fraction(str(self.mask_fraction)) * n)  # 0.07 * 100 is 7, and in floating point above it
         kept = n - budget
         # A sequence of Poisson lengths is one of lengths above 0, of which `budget` always suffice, with so many zeros
@@ -76,7 +77,7 @@ class BART:
         decoder_tokens = np.concatenate((np.full((R, 1), tokenizer.pad), text), axis=1)
         if seed is None:  # the last row's text goes on past the end of the split, where nothing is scored
             source = np.minimum(np.arange(n + 1), n - 1)
-            targets = np.where(starts[:, None] + source >= split.n_tokens, IGNORE, targets)
+            targets = np.where(starts[:, None] + source >= running.n_tokens, IGNORE, targets)
         return {"tokens": tokens, "visible": end + 1, "decoder_tokens": decoder_tokens, "targets": targets}
 
     def cumulative(self) -> np.ndarray:
@@ -94,6 +95,12 @@ class BART:
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
         """The mean loss in nats a token, most of which the encoder has seen."""
         return {"loss": sums["loss"] / counts["loss"]}
+
+    def sample(self, run, prompt: str, options: dict) -> dict:
+        """The whole text that the decoder writes for a prompt in which each [MASK] stands for any number of tokens."""
+        source = [*encode_masked(run.tokenizer, prompt.rstrip("\n")), run.tokenizer.eot]
+        check_length(source, run.model)
+        return {"text": run.tokenizer.decode(answer(run.model, run.tokenizer, source, **options))}
 
 
 @hookimpl

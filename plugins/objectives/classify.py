@@ -36,14 +36,15 @@ class Classify:
 
     def prepare(self, train: Examples, val: Examples) -> None:
         """Find the classes where none are configured; the run's config then names them, so that the saved model knows."""
-        found = sorted(set(train.columns[self.label]))
-        if not self.labels:
+        found, configured = sorted(set(train.columns[self.label])), bool(self.labels)
+        if not configured:
             if len(found) < 2:
-                raise UserError(f'data.corpus: the column "{self.label}" has the class "{found[0]}" only.')
+                raise UserError(f'data.corpus: of the examples to train on, the column "{self.label}" has "{found[0]}" only.')
             self.labels = found
         for key, part in (("data.corpus", train), ("the validation examples", val)):
             for unknown in sorted(set(part.columns[self.label]) - set(self.labels))[:1]:
-                raise UserError(f'{key}: the label "{unknown}" is not among the classes; {nearest(unknown, self.labels)}')
+                hint = nearest(unknown, self.labels) + ("" if configured else " Or name all classes in objective.labels.")
+                raise UserError(f'{key}: the label "{unknown}" is not among the classes; {hint}')
 
     def adapt(self, model):
         model.head.drop_projection()
@@ -59,7 +60,7 @@ class Classify:
         and at most seq_len. Each epoch visits every example once, in an order of its own. With seed None, evaluation: in
         the examples' order, and rows beyond them have no class."""
         if seq_len < 5:
-            raise UserError(f"train.seq_len = {seq_len} is too short for [CLS] A [SEP] B [SEP].")
+            raise UserError(f"train.seq_len = {seq_len} is too short for [CLS] A [SEP] B [SEP]; take 5 or more.")
         index, beyond = visit(rows, len(split), seed)
         longest = 1 + sum(np.diff(split.tokens(column)[1]).max() + 1 for column in self.columns()[:-1])
         texts = []

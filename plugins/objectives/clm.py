@@ -18,6 +18,8 @@ from nanopre.tokenizer import Tokenizer
 class CausalLM:
     """Predict each token from all tokens before it (Radford et al., 2018, section 3.1)."""
 
+    architectures = ("decoder",)
+
     def rows_per_epoch(self, split: Split, seq_len: int) -> int:
         return -(-split.n_tokens // seq_len)
 

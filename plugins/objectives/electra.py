@@ -10,9 +10,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanopre import hookimpl, masking
+from nanopre import UserError, hookimpl, masking
 from nanopre.config import at_least, fraction
 from nanopre.data import Split, random32, row_keys
+from nanopre.generate import check_length
 from nanopre.loss import IGNORE
 from nanopre.model import ModelConfig, Transformer, make_norm
 from nanopre.tokenizer import Tokenizer
@@ -88,6 +89,19 @@ class Electra:
             "fakes": mean["fakes"],
         }
 
+    @torch.inference_mode()
+    def sample(self, run, prompt: str, options: dict) -> dict:
+        """How likely each token of the prompt is to be fake."""
+        tokenizer, text = run.tokenizer, run.tokenizer.encode(prompt.rstrip("\n")).tolist()
+        if not text:
+            raise UserError("the prompt is empty; give a text, of whose tokens the model tells which are likely to be fake.")
+        tokens = [tokenizer.cls, *text, tokenizer.sep]
+        check_length(tokens, run.model)
+        inputs = torch.tensor([tokens], device=next(run.model.parameters()).device)
+        p = run.model.fakes(inputs)[0, 1:-1].sigmoid().tolist()
+        fakes = [{"token": tokenizer.decode([i]), "fake": probability} for i, probability in zip(text, p, strict=True)]
+        return {"fakes": fakes, "text": "\n".join(f"{fake['fake']:7.1%}  {fake['token']}" for fake in fakes)}
+
 
 class Discriminator(Transformer):
     """The model, whose parameters keep their names, and the generator beside it.
@@ -120,6 +134,10 @@ class Discriminator(Transformer):
         filled = tokens.scatter(1, positions, torch.where(is_target, made["samples"], there))
         fake = filled != tokens.scatter(1, positions, torch.where(is_target, targets, there))
         return super().forward(filled, loss=loss, fake=fake, generator=made["generator"], **batch)
+
+    def fakes(self, tokens: Tensor) -> Tensor:
+        """Logits (R, T) of each token's being fake, of a text as it is."""
+        return super().forward(tokens, loss=lambda head, h, _: head.output("fake", h).squeeze(-1))
 
     def generate(self, head, h: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The generator's sum of losses, and a token drawn from what it predicts at each position, (R, K)."""

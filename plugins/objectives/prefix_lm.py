@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanopre import hookimpl
 from nanopre.data import Split, random32, row_keys, window_starts
-from nanopre.generate import generate
+from nanopre.generate import answer
 from nanopre.loss import IGNORE
 from nanopre.tokenizer import Tokenizer
 
@@ -76,14 +76,8 @@ class PrefixLM:
 
     def sample(self, run, prompt: str, options: dict) -> dict:
         """The prompt and what follows it; the model reads the prompt in both directions, as it has learned to."""
-        model, tokenizer = run.model, run.tokenizer
-        prefix = tokenizer.encode(prompt).tolist()[-model.config.seq_len :] or [tokenizer.eot]
-        if model.config.architecture == "encoder-decoder":
-            start, reading = [tokenizer.pad], {"source": prefix}
-        else:
-            start, reading = prefix, {"bidirectional_prompt": True}
-        made = generate(model, start, n_vocab=tokenizer.n_vocab, stop=tokenizer.eot, **reading, **options)
-        return {"text": prompt + tokenizer.decode(list(made))}
+        prefix = run.tokenizer.encode(prompt).tolist()[-run.model.config.seq_len :] or [run.tokenizer.eot]
+        return {"text": prompt + run.tokenizer.decode(answer(run.model, run.tokenizer, prefix, **options))}
 
 
 @hookimpl

@@ -12,7 +12,7 @@ from torch import Tensor
 from nanopre import UserError, hookimpl, metrics
 from nanopre.config import at_least
 from nanopre.examples import Examples, constant, lay_out, visit
-from nanopre.generate import generate
+from nanopre.generate import answer
 from nanopre.loss import IGNORE
 from nanopre.tokenizer import Tokenizer
 
@@ -120,10 +120,7 @@ class Seq2Seq:
         """The target that the model writes for a source; options as `generate` has them."""
         options = {"temperature": 0, **options, "max_tokens": self.max_target}
         tokens = tokenizer.encode(source)[: model.config.seq_len - 1].tolist() + [tokenizer.eot]
-        made = generate(
-            model, [tokenizer.pad], source=tokens, n_vocab=tokenizer.n_vocab, stop=tokenizer.eot, **options
-        )
-        return tokenizer.decode(list(made))
+        return tokenizer.decode(answer(model, tokenizer, tokens, **options))
 
     def sample(self, run, prompt: str, options: dict) -> dict:
         """The target for a prompt, of several columns as texts with tabs between them."""

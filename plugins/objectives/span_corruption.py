@@ -30,7 +30,7 @@ class SpanCorruption:
         at_least(self, mean_span_length=1)
 
     def rows_per_epoch(self, split: Split, seq_len: int) -> int:
-        return -(-split.n_tokens // raw_length(seq_len, self.noise_density, self.mean_span_length))
+        return -(-split.text.n_tokens // raw_length(seq_len, self.noise_density, self.mean_span_length))
 
     def batch(self, split: Split, rows: np.ndarray, seq_len: int, seed: int | None) -> dict[str, np.ndarray]:
         """{"tokens" (R, S), "decoder_tokens", "targets" (R, T), "text_at" (R, noise), "marks_at" (R, spans + 1)}, S at most
@@ -39,7 +39,7 @@ class SpanCorruption:
         and those that are not.
 
         A row is made from raw_length tokens, without regard to documents, by nanopre.spans.corrupt. As in T5's own packing,
-        the end of a document inside it is text like any other, and may be hidden: only so is every row of one width.
+        nothing marks the end of a document inside it: a mark could be hidden, or rows would not all be of one width.
         """
         length = raw_length(seq_len, self.noise_density, self.mean_span_length)
         noise, spans = noise_counts(length, self.noise_density, self.mean_span_length)
@@ -49,14 +49,15 @@ class SpanCorruption:
                 f"objective: {spans} spans in {length} tokens, but the vocabulary has {len(tokenizer.sentinels)} sentinels; "
                 "raise mean_span_length, or lower noise_density or train.seq_len."
             )
-        starts = rows * length if seed is None else window_starts(split, rows, length, seed)
-        text = split.windows(starts % split.n_tokens, length)
+        running = split.text
+        starts = rows * length if seed is None else window_starts(running, rows, length, seed)
+        text = running.windows(starts % running.n_tokens, length)
         keys = row_keys(seed, rows, 0), row_keys(seed, rows, 1)
         tokens, targets, source, text_at, marks_at = corrupt(text, keys, noise, spans, tokenizer)
         start = np.full((len(rows), 1), tokenizer.pad)
         decoder_tokens = np.concatenate((start, targets[:, :-1]), axis=1)
         if seed is None:  # the last row's text goes on past the end of the split, where nothing is scored
-            targets = np.where(starts[:, None] + source >= split.n_tokens, IGNORE, targets)
+            targets = np.where(starts[:, None] + source >= running.n_tokens, IGNORE, targets)
         return {
             "tokens": tokens,
             "decoder_tokens": decoder_tokens,

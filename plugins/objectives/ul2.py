@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanopre import UserError, hookimpl
 from nanopre.data import Split, random32, row_keys, window_starts
+from nanopre.generate import answer, fill_sentinels
 from nanopre.loss import IGNORE
 from nanopre.spans import corrupt, noise_counts, raw_length
 from nanopre.tokenizer import Tokenizer
@@ -65,19 +66,19 @@ class UL2:
         return model
 
     def rows_per_epoch(self, split: Split, seq_len: int) -> int:
-        return -(-split.n_tokens // min(n for n, *_ in sizes(seq_len, self.in_one_row)))
+        return -(-split.text.n_tokens // min(n for n, *_ in sizes(seq_len, self.in_one_row)))
 
     def batch(self, split: Split, rows: np.ndarray, seq_len: int, seed: int | None) -> dict[str, np.ndarray]:
         """{"tokens" (R, seq_len), "visible" (R,), "targets" (R, T), "mode" (R,)} and, for an encoder-decoder,
         "decoder_tokens" (R, T): the mode's token and the input, and the targets, each padded, with T the longest targets of
         any denoiser; for a decoder T = seq_len, and the first target is scored at the input's last token. A denoiser that
         hides more is given more text; windows overlap by as much, and none is passed over."""
-        tokenizer, R = split.tokenizer, len(rows)
+        tokenizer, running, R = split.tokenizer, split.text, len(rows)
         if len(tokenizer.sentinels) < 100:
             raise UserError(f"objective: UL2 needs 100 sentinels, but the vocabulary has {len(tokenizer.sentinels)}.")
         all_sizes = sizes(seq_len, self.in_one_row)
         stride = min(n for n, *_ in all_sizes)
-        starts = rows * stride if seed is None else window_starts(split, rows, stride, seed)
+        starts = rows * stride if seed is None else window_starts(running, rows, stride, seed)
         draws = random32(row_keys(seed, rows, 2), 2).astype(np.int64)
         which = draws[:, 0] * len(DENOISERS) >> 32  # (R,)
         mode = np.array([MODES[mode] for mode, *_ in DENOISERS])[which]
@@ -89,7 +90,7 @@ class UL2:
         all_targets = np.full(written.shape, IGNORE)
         for i in np.unique(which):
             mine, (n, noise, spans) = np.flatnonzero(which == i), all_sizes[i]
-            text = split.gather(starts[mine] % split.n_tokens, n)
+            text = running.windows(starts[mine] % running.n_tokens, n)
             if DENOISERS[i][0] == "S":
                 inputs, targets, source, end = self.suffix(text, draws[mine, 1], tokenizer)
             else:
@@ -105,7 +106,7 @@ class UL2:
             read = at + 1 < there.sum(axis=1)[row]
             written[mine[row[read]], (first + at)[read] + 1] = targets[there][read]
             if seed is None:  # the last row's text goes on past the end of the split, where nothing is scored
-                targets = np.where(starts[mine, None] + source >= split.n_tokens, IGNORE, targets)
+                targets = np.where(starts[mine, None] + source >= running.n_tokens, IGNORE, targets)
             all_targets[mine[row], first + at] = targets[there]
         batch = {"tokens": tokens, "visible": visible, "targets": all_targets, "mode": mode}
         return batch if self.in_one_row else {**batch, "decoder_tokens": written}
@@ -138,6 +139,17 @@ class UL2:
         """The mean loss in nats a target, of all and of each mode."""
         modes = {f"{mode}_loss": sums[mode] / counts[mode] for mode in MODES if counts[mode]}
         return {"loss": sums["loss"] / counts["loss"], **modes}
+
+    def sample(self, run, prompt: str, options: dict) -> dict:
+        """What the sentinels of a prompt hide, in mode R; what follows a prompt without any, in mode S."""
+        model, tokenizer = run.model, run.tokenizer
+        regular, suffix = (int(tokenizer.sentinels[MODES[mode]]) for mode in "RS")
+        if any(f"<extra_id_{i}>" in prompt for i in range(MOST_SPANS)):
+            spans = fill_sentinels(model, tokenizer, prompt.rstrip("\n"), mode=(regular,), **options)
+            return {"spans": spans, "text": "\n".join(f"{name} {span}" for name, span in spans.items())}
+        text = tokenizer.encode(prompt).tolist()[-(model.config.seq_len - 2) :]
+        made = answer(model, tokenizer, [suffix, *text, tokenizer.eot], **options)
+        return {"text": prompt + tokenizer.decode(made)}
 
 
 @hookimpl

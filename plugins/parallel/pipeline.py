@@ -15,7 +15,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 
 from nanopre import cost, hookimpl
 from nanopre.config import at_least
-from nanopre.model import Transformer
+from nanopre.model import ModelConfig, Transformer
 from nanopre.parallel import Layout, Shared, normalised
 from nanopre.timetable import SCHEDULES, SEVERAL_STAGES, share_out
 
@@ -37,30 +37,51 @@ class Pipeline:
 
     def __post_init__(self):
         at_least(self, degree=1, microbatches=1, stages_per_rank=0)
-        self.stages_per_rank = self.stages_per_rank or (2 if self.schedule in SEVERAL_STAGES else 1)
         if self.stages_per_rank > 1 and self.schedule not in SEVERAL_STAGES:
             raise ValueError(f"stages_per_rank = {self.stages_per_rank}: {self.schedule} has 1; take interleaved_1f1b")
 
+    @property
+    def stages(self) -> int:
+        """How many each rank has. The option stays as it was given: another schedule may come to a run that is resumed."""
+        return self.stages_per_rank or (2 if self.schedule in SEVERAL_STAGES else 1)
+
     def check(self, config, layout: Layout, model: Transformer) -> None:
         """Raises ValueError where the model or batch does not fit the schedule."""
-        n, stages = len(model.blocks), self.degree * self.stages_per_rank
+        n, stages = len(model.blocks), self.degree * self.stages
         if stages > n:
-            degree = n // self.stages_per_rank
-            raise ValueError(f"{stages} stages are more than the model's {n} blocks; take a degree of at most {degree}")
+            fitting = (d for d in range(1, self.degree) if self.degree % d == 0 and d * self.stages <= n)
+            fewer = f", or stages_per_rank = {n // self.degree}" if n >= self.degree else ""
+            problem = f"{stages} stages are more than the model's {n} block{'s' if n > 1 else ''}"
+            raise ValueError(f"{problem}; take degree = {max(fitting, default=1)}{fewer}")
         if self.schedule != "gpipe" and self.microbatches < self.degree:
             raise ValueError(f"{self.schedule} needs at least as many microbatches as ranks; take {self.degree}")
         if self.schedule in SEVERAL_STAGES and self.microbatches % self.degree:
             nearby = -(-self.microbatches // self.degree) * self.degree
             raise ValueError(f"{self.schedule} needs a multiple of {self.degree} microbatches; take {nearby}")
-        if self.schedule == "zero_bubble" and model.config.architecture == "encoder-decoder":
-            raise ValueError('zero_bubble can\'t run an encoder-decoder, which has two streams; take "interleaved_1f1b"')
+        if self.schedule == "zero_bubble":
+            self.check_halves(config, layout, model)
         if hasattr(config.objective, "evaluate"):
             raise ValueError(f"objective {config.objective._plugin_name} decodes as it evaluates, which stages can't")
+
+    def check_halves(self, config, layout: Layout, model: Transformer) -> None:
+        """Raises ValueError for what does not let a backward pass go in two halves, for a stage's inputs and for its weights:
+        the second half goes backward through the same graph again, from one layer after another."""
+        if model.config.architecture == "encoder-decoder":
+            raise ValueError('zero_bubble can\'t run an encoder-decoder, which has two streams; take "interleaved_1f1b"')
+        if getattr(layout.strategies.get("activation_checkpointing"), "mode", None) == "selective":
+            what = 'activation_checkpointing.mode = "selective", which lets it go through a block once'
+            raise ValueError(f'zero_bubble goes backward in two halves and can\'t have {what}; take "interleaved_1f1b"')
+        if getattr(layout.strategies.get("fsdp"), "reshard_after_forward", False):
+            needed = "parallel.fsdp.reshard_after_forward = false"  # a shard is not the parameter that the graph knows
+            raise ValueError(f'zero_bubble needs {needed}, to have gathered weights at hand; or take "interleaved_1f1b"')
+        if config.train.compile == "on":
+            why = "whose compiled backward pass is one piece"
+            raise ValueError(f'zero_bubble can\'t have train.compile = "on", {why}; take "off" or "auto"')
 
     def apply(self, parts: list[nn.Module], layout: Layout) -> list[nn.Module]:
         (model,) = parts
         p, rank = self.degree, layout.rank("pipeline")
-        ranges = share_out(*cost.batch_flops(model.config, layout.example), p * self.stages_per_rank)
+        ranges = share_out(*cost.batch_flops(model.config, layout.example), p * self.stages)
         stages = [list(map(str, blocks)) for blocks in ranges]
         layout.has_head = rank == p - 1  # stage s is on rank s % p, so the last one is on the last rank
         mine = [cut(model, stages, s) for s in range(rank, len(stages), p)]
@@ -87,11 +108,21 @@ class Pipeline:
         return mine
 
     def engine(self, parts: list[nn.Module], layout: Layout, loss: Callable, micro: int) -> Engine:
+        compiled = [module for part in parts for module in part.modules() if module._compiled_call_impl]
+        if self.schedule == "zero_bubble" and compiled:  # a GPU's "auto"
+            for module in compiled:
+                module._compiled_call_impl = None
+            if layout.world.rank == 0:
+                print("parallel.pipeline: blocks are not compiled, since zero_bubble takes their backward passes in halves")
         return Engine(self, parts, layout, loss, micro)
 
 
 class Stage(Transformer):
     """A part of a Transformer: takes the streams of the stage before, gives its own, the last one its sums of losses."""
+
+    def __init__(self, config: ModelConfig):
+        nn.Module.__init__(self)  # not Transformer's: `cut` gives it its modules
+        self.config = config
 
     def forward(self, *state: Tensor, **batch) -> tuple[Tensor, ...] | Tensor:
         with self.autocast():
@@ -103,18 +134,19 @@ class Stage(Transformer):
 
 
 def cut(model: Transformer, stages: list[list[str]], s: int) -> Stage:
-    """The stage of the model that has stages[s] of its blocks, under their names."""
-    part = copy.copy(model)
-    part.__class__, part._modules = Stage, dict(model._modules)
-    part.blocks = nn.ModuleDict({name: model.blocks[name] for name in stages[s]})
-    kinds = {"decoder_bias" if hasattr(block, "cross") else "bias" for block in part.blocks.values()}
-    part.relative = nn.ModuleDict({k: copy.deepcopy(bias) for k, bias in model.relative.items() if k in kinds})
+    """The stage of the model that has stages[s] of its blocks, under their names. Not a copy of the model: copies share their
+    hooks, so that FSDP's of one of a rank's stages would run in the other."""
+    part = Stage(model.config)
     is_first, is_last = s == 0, s == len(stages) - 1
-    part.embed = model.embed if is_first else None
+    tied = is_last and not is_first and model.config.tie_embeddings and model.head.proj is not None
+    part.embed = model.embed if is_first else nn.Module() if tied else None
+    blocks = {name: model.blocks[name] for name in stages[s]}
+    kinds = {"decoder_bias" if hasattr(block, "cross") else "bias" for block in blocks.values()}
+    part.relative = nn.ModuleDict({k: copy.deepcopy(bias) for k, bias in model.relative.items() if k in kinds})
+    part.blocks = nn.ModuleDict(blocks)
     part.head = model.head if is_last else None
-    if is_last and not is_first and model.config.tie_embeddings and model.head.proj is not None:
+    if tied:
         # A copy under the embedding's name, so that checkpoints and optimizers know it for the same.
-        part.embed = nn.Module()
         part.embed.tokens = copy.deepcopy(model.embed.tokens)
         part.head = copy.copy(model.head)
         part.head._modules = {**model.head._modules, "proj": copy.copy(model.head.proj)}
@@ -131,7 +163,7 @@ class Engine:
         self.keys: dict[bool, list[str]] = {}
         for part in parts:
             part.autocast, part.loss = layout.autocast, loss
-        n_stages, device = options.degree * options.stages_per_rank, layout.example["tokens"].device
+        n_stages, device = options.degree * options.stages, layout.example["tokens"].device
         # The streams between stages: all have their shape and precision told, so that no trial run is needed.
         lengths = [layout.example[key].shape[1] for key in ("tokens", "decoder_tokens") if key in layout.example]
         shapes = [(micro, T // layout.sequence_shards, parts[0].config.d_model) for T in lengths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ class TensorParallel:
         c, n = model.config, self.degree
         for name in ("n_heads", "n_kv_heads"):
             if (value := getattr(c, name)) % n:
-                fitting = max(d for d in range(1, n) if value % d == 0)
+                fitting = math.gcd(n, c.n_heads, c.n_kv_heads)  # which the number of processes is a multiple of, too
                 up = -(-value // n) * n
                 raise ValueError(f"degree = {n} does not divide {name} = {value}; take {fitting}, or {name} = {up}")
         if self.sequence_parallel and config.train.seq_len % n:

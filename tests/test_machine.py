@@ -1,0 +1,54 @@
+"""What the machine decides, and what of it the config can set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import read_log
+
+import train
+from nanopre import machine
+from nanopre.config import Train
+from nanopre.model import Attention
+from nanopre.plugins import load_plugins
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("n, words", [(1, "cpu, 1 thread;"), (3, "cpu, 3 threads;")])
+def test_threads_of_a_cpu(n, words):
+    assert machine.choose(Train(device="cpu", threads=n)).reason.startswith(words)
+    assert torch.get_num_threads() == n
+
+
+@pytest.mark.parametrize(
+    "attention, products, words",
+    [("auto", True, "attention by products (faster here)"), ("fused", False, "fused attention;"),
+     ("products", True, "attention by products;")],
+)  # fmt: skip
+def test_every_attention_of_a_model_is_as_it_was_chosen(attention, products, words):
+    here = machine.choose(Train(device="cpu", attention=attention))
+    model = load_plugins().get("model", "t5", "test")(d_model=16, n_heads=2, d_ff=16, n_layers=1).build(64, 8)
+    here.choose_attention(model)
+    chosen = [layer.products for layer in model.modules() if isinstance(layer, Attention)]
+    assert words in here.reason and chosen == 3 * [products]  # the encoder's, the decoder's, and from one to the other
+
+
+def test_freed_memory_is_kept_unless_the_config_says_no(monkeypatch):
+    called = []
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: called.append(True))
+    assert "freed memory" not in machine.choose(Train(device="cpu", keep_freed_memory=False)).reason and not called
+    assert "freed memory kept" in machine.choose(Train(device="cpu")).reason and called
+
+
+def test_either_attention_trains_to_the_same_losses(tiny, tmp_path):
+    for kernel in ("fused", "products"):
+        train.main([*tiny, f"--name={kernel}", f"--train.attention={kernel}"])
+    fused, products = (read_log(tmp_path / "runs" / kernel)[0] for kernel in ("fused", "products"))
+    assert [line["loss"] for line in fused] == pytest.approx([line["loss"] for line in products], rel=1e-5)
