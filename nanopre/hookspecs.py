@@ -155,6 +155,7 @@ def nanopre_parallel(register: Register) -> None:
         The model has no numbers yet (device "meta"), and another vocabulary.
     engine(parts, layout, loss, micro): of "pipeline", what runs batches through the parts, with the methods of
         nanopre.parallel.Accumulation. micro: how many rows go through at once.
+    uncompiled: why blocks can't be compiled beside it, in words that the user is told; "" where they can.
     """
 
 

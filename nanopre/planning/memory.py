@@ -263,7 +263,7 @@ def estimate(
     m = of_layout(config, layout, model, example, device, products)
     # Compiled blocks cast weights again in the backward pass, and FSDP may gather them cast.
     compiled = config.train.compile == "on" or config.train.compile == "auto" and device != "cpu"
-    compiled = compiled and not (pipe and pipe.schedule == "zero_bubble")  # whose blocks never are
+    compiled = compiled and not any(getattr(strategy, "uncompiled", "") for strategy in strategies.values())
     casts = products < w and not compiled and not (fsdp and fsdp.param_dtype == "bfloat16")
     offloaded = bool(fsdp and fsdp.cpu_offload) and device != "cpu"
     # Gradients that are there before a step's last backward pass begins: of earlier micro-batches, and DDP's buckets. FSDP in

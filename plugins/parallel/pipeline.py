@@ -45,6 +45,10 @@ class Pipeline:
         """How many each rank has. The option stays as it was given: another schedule may come to a run that is resumed."""
         return self.stages_per_rank or (2 if self.schedule in SEVERAL_STAGES else 1)
 
+    @property
+    def uncompiled(self) -> str:
+        return "zero_bubble takes their backward passes in halves" if self.schedule == "zero_bubble" else ""
+
     def check(self, config, layout: Layout, model: Transformer) -> None:
         """Raises ValueError where the model or batch does not fit the schedule."""
         n, stages = len(model.blocks), self.degree * self.stages
@@ -108,12 +112,6 @@ class Pipeline:
         return mine
 
     def engine(self, parts: list[nn.Module], layout: Layout, loss: Callable, micro: int) -> Engine:
-        compiled = [module for part in parts for module in part.modules() if module._compiled_call_impl]
-        if self.schedule == "zero_bubble" and compiled:  # a GPU's "auto"
-            for module in compiled:
-                module._compiled_call_impl = None
-            if layout.world.rank == 0:
-                print("parallel.pipeline: blocks are not compiled, since zero_bubble takes their backward passes in halves")
         return Engine(self, parts, layout, loss, micro)
 
 
