@@ -33,6 +33,7 @@ class Machine:
         return torch.autocast(self.device.type, dtype=self.precision)
 
     def choose_attention(self, model: nn.Module) -> None:
+        """Every attention of the model trains by products or with the fused kernel, as it was chosen."""
         for module in model.modules():
             if isinstance(module, Attention):
                 module.products = self.products
@@ -48,7 +49,7 @@ def choose(config: Train) -> Machine:
         keep_freed_memory()
     fast = has_fast_bfloat16(device)
     bfloat16 = wants_bfloat16(config, device) or config.weights == "bfloat16"
-    # On a CPU the backward pass of the fused kernel is the slowest part of a small model's step (model.py, `attend`).
+    # On a CPU the backward pass of the fused kernel is the slowest part of a small model's step (attention.py).
     products = is_cpu if config.attention == "auto" else config.attention == "products"
     # On a CPU compiling takes 5 to 70 s and gives 1.0 to 1.2 times the speed (benchmarks/README.md): a choice there.
     compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"

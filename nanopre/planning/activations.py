@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nanopre.attention import QUERIES_AT_A_TIME
 from nanopre.model import GATED, ModelConfig
 
 
@@ -25,9 +26,9 @@ class Kernels:
 
 
 def kernels(device: str, products: int) -> Kernels:
-    """Those that model.py runs on a "cpu" or elsewhere, with products of so many bytes a number."""
+    """Those that train.py chooses on a "cpu" or elsewhere, with products of so many bytes a number."""
     if device == "cpu":
-        return Kernels(4, products, queries=128, mask=products, fused_rmsnorm=False)
+        return Kernels(4, products, queries=QUERIES_AT_A_TIME, mask=products, fused_rmsnorm=False)
     return Kernels(4, products, queries=0, mask=1)
 
 
