@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nanopre.attention import attend
 from nanopre.loss import LinearCrossEntropy
+from nanopre.norm import rms_norm
 
 if TYPE_CHECKING:
     from nanopre.generate import KeyValueCache, LayerCache
@@ -115,10 +116,10 @@ class ModelConfig:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight (Zhang and Sennrich, 2019), in x's precision, for which torch has one fused kernel."""
+    """x / rms(x) * weight (Zhang and Sennrich, 2019), in x's precision, whatever the weight has."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):

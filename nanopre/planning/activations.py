@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nanopre.attention import QUERIES_AT_A_TIME
+from nanopre.attention import QUERIES_AT_A_TIME, parts_of_queries
 from nanopre.model import GATED, ModelConfig
 
 
@@ -22,13 +22,13 @@ class Kernels:
     products: int  # bytes, of what products read and give
     queries: int  # at a time, whose scores are then kept; 0: one kernel does attention and keeps none (Dao et al., 2022)
     mask: int  # bytes, of what dropout keeps
-    fused_rmsnorm: bool = True  # else what RMSNorm makes before its weight is kept, too
+    casts_sums: bool = False  # what is added to a sum of another precision is cast to it first
 
 
 def kernels(device: str, products: int) -> Kernels:
     """Those that train.py chooses on a "cpu" or elsewhere, with products of so many bytes a number."""
     if device == "cpu":
-        return Kernels(4, products, queries=QUERIES_AT_A_TIME, mask=products, fused_rmsnorm=False)
+        return Kernels(4, products, queries=QUERIES_AT_A_TIME, mask=products, casts_sums=True)
     return Kernels(4, products, queries=0, mask=1)
 
 
@@ -69,9 +69,8 @@ def block(c: ModelConfig, k: Kernels, x: Tokens, kind: Literal["causal", "bidire
 
 def norm(c: ModelConfig, k: Kernels, x: Tokens) -> float:
     """What a norm reads, and its mean and deviation, or a deviation alone, of each token."""
-    unfused = c.norm == "rmsnorm" and not k.fused_rmsnorm
     statistics = 8 if c.norm == "layernorm" else 4
-    return stream(c, k, x) * (2 if unfused else 1) + x.rows * x.T * x.stream_share * statistics
+    return stream(c, k, x) + x.rows * x.T * x.stream_share * statistics
 
 
 def layer_input(c: ModelConfig, k: Kernels, x: Tokens) -> float:
@@ -85,23 +84,16 @@ def attention(c: ModelConfig, k: Kernels, x: Tokens, S: int, causal: bool, biase
     query, key = x.rows * T * heads * D * p, x.rows * S * kv_heads * D * p
     kept = query  # the output projection's input
     if c.qk_norm:  # of each head's queries and keys
-        unfused = 1 if k.fused_rmsnorm else 8 / p  # torch's parts compute in float32, and keep two of them
-        kept += (query + key) * unfused + 4 * x.rows * (T * heads + S * kv_heads)
+        kept += query + key + 4 * x.rows * (T * heads + S * kv_heads)
     rotary = c.positions == "rope" and S == T
     if rotary and p < 4:
         kept += 2 * T * D * p  # the table, cast for queries and for keys
     if not k.queries:
         mask = (heads if biased else 1) * (x.rows if x.visible else 1) * T * S * p if biased or x.visible else 0
         return kept + query + 2 * key + 4 * x.rows * heads * T + mask
-    # attend_by_products: scores of some queries at a time, of those keys that causality leaves.
-    ends = [min(start + k.queries, T) for start in range(0, T, k.queries)]
-    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    seen = [S - T + end if causal and not x.visible else S for end in ends]
-    pairs = sum(n * s for n, s in zip(lengths, seen, strict=True))
-    kept += query + 2 * key
-    # Each score's softmax. What causality hides goes into the product, which keeps no mask; a bias keeps its own, a byte each.
-    kept += x.rows * heads * pairs * (p + (p + k.mask if c.dropout else 0))
-    return kept + (pairs * (x.rows if x.visible else 1) if biased and (causal or x.visible) else 0)
+    # AttendByProducts: the softmax of each score that causality leaves, and with dropout what it leaves of them, and its mask.
+    pairs = sum((end - start) * seen for start, end, seen in parts_of_queries(T, S, causal and not x.visible, k.queries))
+    return kept + query + 2 * key + x.rows * heads * pairs * (p + (p + 1 if c.dropout else 0))
 
 
 def mlp(c: ModelConfig, k: Kernels, x: Tokens) -> float:
