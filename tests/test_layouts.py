@@ -96,8 +96,8 @@ def table(folder: str, cache: str, model: dict, objective: dict, parallel: dict,
         "optimizer": {"name": options.get("optimizer", "adamw"), "lr": 1e-3, "eps": 1e-3},
         "schedule": {"warmup_steps": 2},
         "train": {
-            "steps": 10, "batch_size": 16, "micro_batch_size": micro, "seq_len": 32, "precision": "float32", "samples": 0,
-            "device": "cpu", "eval_interval": 5, "eval_tokens": 1024, **options.get("train", {}),
+            "steps": 6, "batch_size": 16, "micro_batch_size": micro, "seq_len": 32, "precision": "float32", "samples": 0,
+            "device": "cpu", "eval_interval": 3, "eval_tokens": 1024, **options.get("train", {}),
         },
         "parallel": parallel,
         "checkpoint": {"interval": 0, **options.get("checkpoint", {})},
@@ -205,13 +205,13 @@ def test_no_cure_can_be_left_out(cure, name, layout, deviation):
     ],
 )  # fmt: skip
 def test_a_checkpoint_goes_on_in_any_other_layout(name, optimizer, layouts, ranks, single, text):
-    """Steps 1 to 3 in one layout, 4 to 6 in a second, the rest in a third: as if one process had never stopped."""
+    """Steps 1 and 2 in one layout, 3 and 4 in a second, the rest in a third: as if one process had never stopped."""
     lines, _ = single(name, optimizer)
     folder = Path(tempfile.mkdtemp(dir=text))
-    for start, layout in zip((0, 3, 6), layouts, strict=True):
+    for start, layout in zip((0, 2, 4), layouts, strict=True):
         n, parallel, micro = LAYOUTS[layout] if layout else (1, {}, 0)
         options = {"resume": f"step_{start:08d}"} if start else {}
-        options |= {"optimizer": optimizer, "checkpoint": {"interval": 3, "keep_last": 99}}
+        options |= {"optimizer": optimizer, "checkpoint": {"interval": 2, "keep_last": 99}}
         results = ranks.run(n, run, str(folder), str(text / "cache"), *ALL[name], parallel, micro, **options)
         for _, _, error in results:
             assert error is None, error
@@ -223,7 +223,7 @@ def test_a_checkpoint_goes_on_in_any_other_layout(name, optimizer, layouts, rank
                 if key in ours:
                     assert other[key] == pytest.approx(ours[key], rel=tolerance), (layout, ours["step"])
     opened = checkpoint.open_run(folder / "run")
-    assert opened.info["step"] == 10
+    assert opened.info["step"] == 6
 
 
 @slow
@@ -341,7 +341,7 @@ def deviation(ranks, single, text):
         assert their_gradients.keys() == gradients.keys()
         both = [(ours[key], theirs[key]) for ours, theirs in zip(lines, their_lines, strict=True)
                 for key in ("loss", "grad_norm", "val_loss") if key in ours]  # fmt: skip
-        assert len(both) == 22
+        assert len(both) == 2 * 6 + 2  # losses and norms of the steps, losses of two evaluations
         far = []
         for key, ours in gradients.items():
             # The bias of a key has no influence, and rounding for a gradient: 1e-9, where the least of the others has 5e-4.

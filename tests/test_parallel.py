@@ -273,6 +273,7 @@ def test_an_objective_of_two_models_can_not_be_split(tiny):
     assert result.stderr.count(sentence) == 1
 
 
+@pytest.mark.slow
 def test_the_layout_is_told_and_saved_with_the_run(tiny, tmp_path):
     flags = ["--model.n_kv_heads=2", "--parallel.tensor.sequence_parallel=true"]
     flags += ["--parallel.pipeline.microbatches=2", "--train.batch_size=4"]
