@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
 import sys
@@ -58,11 +57,13 @@ def command_line() -> Parser:
 
 
 def main(argv: list[str]) -> None:
-    parser = command_line()
-    a, rest = parser.parse_known_args(argv)
-    if not hasattr(a, "overrides") and rest:
-        near = difflib.get_close_matches(rest[0].partition("=")[0], a.flags, n=1)
-        parser.error(f"unrecognized arguments: {' '.join(rest)}" + (f"; did you mean {near[0]}?" if near else "; see --help."))
+    a, rest = command_line().parse_known_args(argv)
+    for text in rest:
+        name = text.partition("=")[0]
+        is_key = "." in name or name.removeprefix("--") in vars(configs.Config())
+        if not hasattr(a, "overrides") or not is_key:
+            key = " (a key of the config is set as --section.key=value)" if hasattr(a, "overrides") else ""
+            raise UserError(f"{name}: not an option{key}; {nearest(name, a.flags)}")
     a.overrides = rest
     with redirect_stdout(sys.stderr):  # what is said on the way
         result, text = a.run(a)

@@ -380,7 +380,7 @@ def test_the_command_starts_a_process_on_each_gpu(capsys, tmp_path, gpus, nodes,
         ("--gpu-hours 1e300", "a budget of inf FLOP: must be at most 1e+35."),
         ("--params 1e80", "--params 1e+80: must be between 0.0477 and 4.17e+16, the best for 1 and for 1e+35 FLOP."),
         ("--flops 1e20 --inference-tokens 1e300", "--inference-tokens 1e+300: must be at most 5.86e+25 here."),
-        ("--flops 1e20 --flop 1e20", "unrecognized arguments: --flop 1e20"),
+        ("--flops 1e20 --flop 1e20", "--flop: not an option; did you mean --flops?"),
         (
             "--flops 5e23 --gpus 2",
             "--gpus 2: no layout of 67.3B parameters fits on so many h100; of those that were tried: it takes",

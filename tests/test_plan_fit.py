@@ -210,7 +210,7 @@ def test_without_the_file_its_law_can_not_be_read(points, tmp_path):
         (["--analyzer=envelope", "--option=envelope.bins=1"], "--option envelope: bins = 1 must be at least 2."),
         (["--analyzer=envelope", "--option=envelope.method=hall"], '--option envelope.method: is "hall"; did you mean hull?'),
         (["--option=parametric"], "--option parametric: it must be like parametric.KEY=VALUE, with the name of parametric."),
-        (["--analyser=kaplan"], "unrecognized arguments: --analyser=kaplan; did you mean --analyzer?"),
+        (["--analyser=kaplan"], "--analyser: not an option; did you mean --analyzer?"),
         (["--column=size"], "--column size: it must be like params=N, nanopre's name first."),
         (["--column=parms=size"], "--column parms=size: there is no column parms; did you mean params?"),
         (["--drop-highest=24"], "--drop-highest 24: the runs have 24 points."),

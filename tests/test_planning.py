@@ -441,7 +441,8 @@ def test_schedule_as_a_user_asks_for_it(capsys, tmp_path):
         (["schedule", "--microbatches", "2"], "parallel.pipeline: 1f1b needs at least as many microbatches as ranks; take 4."),
         (["memory", "CONFIG", "--gpu", "h100", "--train.seq_len=9999999"], "rows of at most 4,194,304 tokens."),
         (["schedule", "--png", "/dev/null/a.png"], "/dev/null/a.png: can't be written ("),
-        (["schedule", "--train.steps=1"], "unrecognized arguments: --train.steps=1; see --help."),
+        (["schedule", "--train.steps=1"], "--train.steps: not an option; choose from --help, --json, --microbatches, --png,"),
+        (["layout", "CONFIG", "--gpu", "h100", "--gpuss=4"], "--gpuss: not an option (a key of the config is set as --section.key"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(arguments, message):
