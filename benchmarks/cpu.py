@@ -224,6 +224,7 @@ def main(argv: list[str]) -> None:
         result, name = {**about(a.threads), "val_loss": quality(rows, a.threads)}, "cpu-quality"
     else:
         result, name = measure(rows, a.nanogpt and a.nanogpt.resolve(), a.threads), "cpu"
+    a.out.mkdir(parents=True, exist_ok=True)
     file = a.out / f"{name}-{result['date']}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {file}")

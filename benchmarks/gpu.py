@@ -144,6 +144,7 @@ def main(argv: list[str]) -> None:
             print(f"{row.title:34} {program:13} {found['tokens_per_second']:>10,.0f} {mfu:>6} {found['memory'] / 1e9:>8.2f} "
                   f"{found['startup']:>8.1f}  {found['time_by_ours']:.2f}", flush=True)  # fmt: skip
         result["rows"][key] = {"title": row.title, "programs": programs}
+    a.out.mkdir(parents=True, exist_ok=True)
     file = a.out / f"gpu-{result['date']}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {file}")

@@ -67,6 +67,7 @@ def main() -> None:
     result = about(a.threads)
     for by, rows in tables.items():
         result[by] = measure(rows, a.nanogpt and a.nanogpt.resolve(), a.turns, a.threads)
+    a.out.mkdir(parents=True, exist_ok=True)
     file = a.out / f"growth-{result['date']}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
     draw(result, file.with_suffix(".png"))
