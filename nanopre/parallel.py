@@ -288,7 +288,8 @@ def clip_gradients(layout: Layout, parts: Sequence[nn.Module], max_norm: float) 
     if layout.world.size > 1:
         dist.all_reduce(square)
     norm = square.sqrt()
-    if max_norm > 0:
+    # On a CPU it costs nothing to look at the norm, and multiplying by 1 would read and write every gradient; a GPU would wait.
+    if max_norm > 0 and not (norm.device.type == "cpu" and norm <= max_norm):
         scale = max_norm / (norm + 1e-6)
         scale = torch.where((scale < 1) & norm.isfinite(), scale, 1.0)
         torch._foreach_mul_(gradients, scale.to(gradients[0].device))
