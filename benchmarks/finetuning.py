@@ -3,7 +3,8 @@
     python benchmarks/finetuning.py --init runs/NAME --polarity FOLDER --sick-train FILE --sick-test FILE
 
 From scratch; from the pre-trained encoder; and from the encoder that has gone on with its own objective on the texts of the
-task's training examples, without their labels (Gururangan et al., 2020, "task-adaptive pre-training").
+task's training examples, without their labels (Gururangan et al., 2020, "task-adaptive pre-training"). Each start is shown
+at the peak learning rate that is the best for it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def main() -> None:
     parser.add_argument("--polarity", help="the folder of rt-polarity.pos and rt-polarity.neg")
     parser.add_argument("--sick-train", help="SICK_train.txt")
     parser.add_argument("--sick-test", help="SICK_test_annotated.txt")
-    parser.add_argument("--steps", type=int, default=900, help="of fine-tuning (default: 900)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak, of all starts (default: 1e-3)")
+    parser.add_argument("--steps", type=int, default=300, help="of fine-tuning (default: 300, about an epoch of polarity)")
+    parser.add_argument("--optimizer", default="muon", help="of fine-tuning (default: muon)")
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3], help="peaks to try (default: 1e-3 3e-3)")
     parser.add_argument("--adapt-steps", type=int, default=1500, help="on the task's texts (default: 1500)")
     parser.add_argument("--seeds", type=int, default=3)
     a = parser.parse_args()
@@ -57,14 +59,19 @@ def main() -> None:
                 "pre-trained, then on the task's texts": [f"--init_from={adapt(task, data, a.init, a.adapt_steps, folder)}"],
             }
             for start, flags in starts.items():
-                overrides = [*data, *flags, f"--optimizer.lr={a.lr}", f"--train.steps={a.steps}"]
-                runs = [train(f"finetune-{task}", overrides, seed) for seed in range(1, a.seeds + 1)]
-                accuracy, f1 = [run["accuracy"] for run in runs], statistics.mean(run["macro_f1"] for run in runs)
+                tried = {}
+                for lr in a.lr:
+                    optimizer = f'--optimizer={{name = "{a.optimizer}", lr = {lr}, weight_decay = 0.01}}'
+                    overrides = [*data, *flags, optimizer, f"--train.steps={a.steps}"]
+                    tried[lr] = [train(f"finetune-{task}", overrides, seed) for seed in range(1, a.seeds + 1)]
+                best = max(tried, key=lambda lr: statistics.mean(run["accuracy"] for run in tried[lr]))
+                accuracy, f1 = ([run[key] for run in tried[best]] for key in ("accuracy", "macro_f1"))
                 spread = f"{min(accuracy):.3f} to {max(accuracy):.3f}"
-                print(f"{task}, {start}: accuracy {statistics.mean(accuracy):.3f} ({spread}), macro F1 {f1:.3f}", flush=True)
+                print(f"{task}, {start}: accuracy {statistics.mean(accuracy):.3f} ({spread}), "
+                      f"macro F1 {statistics.mean(f1):.3f}, lr {best:g}", flush=True)  # fmt: skip
                 about = {"date": str(datetime.date.today()), "torch": torch.__version__, "python": platform.python_version()}
                 results = json.loads(file.read_text())["rows"] if file.exists() else {}
-                results[f"{task}, {start}"] = {"lr": a.lr, "steps": a.steps, "runs": runs}
+                results[f"{task}, {start}"] = {"optimizer": a.optimizer, "steps": a.steps, "best_lr": best, "runs": tried}
                 file.write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
     print(f"written: {file.relative_to(ROOT)}")
 
