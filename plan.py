@@ -437,7 +437,7 @@ def add_upscale(commands) -> argparse.ArgumentParser:
 
 def run_upscale(a: argparse.Namespace) -> tuple[dict, str]:
     if not 6 * a.params * a.tokens <= budget.MOST:
-        raise UserError(f"--tokens {a.tokens:g}: must be at most {budget.MOST / (6 * a.params):.3g} for {a.params:g} parameters.")
+        raise UserError(f"--tokens {a.tokens:g}: must be at most {budget.MOST / (6 * a.params):.3g} for that many parameters.")
     best = upscale.best(a.runs)
     table, text = upscale.upscaled(best, a.params, a.tokens, Path(a.out).stem)
     write(a.out, tomli_w.dumps(table))

@@ -89,7 +89,7 @@ def test_what_is_said_of_batches():
         (["lr", "no.toml"], "no.toml: can't be read"),
         (["batch", "CONFIG", "--up-to=0"], "argument --up-to: 0 must be at least 1"),
         (["batch", "CONFIG", "--memory=-1"], "argument --memory: -1 must be above 0"),
-        (["upscale", "runs", "--params=1e6", "--tokens=1e300", "--out=x.toml"], "--tokens 1e+300: must be at most 1.67e+28 for"),
+        (["upscale", "runs", "--params=1e6", "--tokens=1e300", "--out=x.toml"], "must be at most 1.67e.28 for that many"),
         (["upscale", "no-runs", "--params=1e6", "--tokens=1e6", "--out=x.toml"], "no-runs: no run with a validation loss"),
     ],
 )
