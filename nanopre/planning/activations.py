@@ -22,13 +22,13 @@ class Kernels:
     products: int  # bytes, of what products read and give
     queries: int  # at a time, whose scores are then kept; 0: one kernel does attention and keeps none (Dao et al., 2022)
     mask: int  # bytes, of what dropout keeps
-    casts_sums: bool = False  # what is added to a sum of another precision is cast to it first
+    cpu: bool = False  # whose RMSNorm of what is split over ranks keeps more, and who casts what is added to a sum
 
 
 def kernels(device: str, products: int) -> Kernels:
     """Those that train.py chooses on a "cpu" or elsewhere, with products of so many bytes a number."""
     if device == "cpu":
-        return Kernels(4, products, queries=QUERIES_AT_A_TIME, mask=products, casts_sums=True)
+        return Kernels(4, products, queries=QUERIES_AT_A_TIME, mask=products, cpu=True)
     return Kernels(4, products, queries=0, mask=1)
 
 
@@ -69,8 +69,9 @@ def block(c: ModelConfig, k: Kernels, x: Tokens, kind: Literal["causal", "bidire
 
 def norm(c: ModelConfig, k: Kernels, x: Tokens) -> float:
     """What a norm reads, and its mean and deviation, or a deviation alone, of each token."""
+    in_parts = k.cpu and c.norm == "rmsnorm" and x.sequence_parallel  # torch's own (nanopre/norm.py), which keeps one more
     statistics = 8 if c.norm == "layernorm" else 4
-    return stream(c, k, x) + x.rows * x.T * x.stream_share * statistics
+    return stream(c, k, x) * (2 if in_parts else 1) + x.rows * x.T * x.stream_share * statistics
 
 
 def layer_input(c: ModelConfig, k: Kernels, x: Tokens) -> float:
@@ -84,7 +85,8 @@ def attention(c: ModelConfig, k: Kernels, x: Tokens, S: int, causal: bool, biase
     query, key = x.rows * T * heads * D * p, x.rows * S * kv_heads * D * p
     kept = query  # the output projection's input
     if c.qk_norm:  # of each head's queries and keys
-        kept += query + key + 4 * x.rows * (T * heads + S * kv_heads)
+        in_parts = 8 / p if k.cpu and x.tensor > 1 else 1  # in float32, of which two are kept
+        kept += (query + key) * in_parts + 4 * x.rows * (T * heads + S * kv_heads)
     rotary = c.positions == "rope" and S == T
     if rotary and p < 4:
         kept += 2 * T * D * p  # the table, cast for queries and for keys
