@@ -265,6 +265,7 @@ def test_an_error_that_one_rank_alone_meets_before_the_others_is_said(tiny, tmp_
     assert result.stderr.count("not on this machine") == 1 and 'train.py", line' not in result.stderr
 
 
+@pytest.mark.slow
 def test_an_objective_of_two_models_can_not_be_split(tiny):
     flags = ["--objective.name=electra", "--model.name=bert", "--model.n_layers=2", "--model.d_ff=64"]
     result = run_script("train.py", *tiny, *flags, "--parallel.tensor={}", processes=2)

@@ -121,6 +121,7 @@ def test_resuming_is_bitwise(tiny, tmp_path, capsys, optimizer):
     assert [line["step"] for line in read_log(stopped)[0]] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_two_processes_and_micro_batches_change_nothing(tiny, tmp_path):
     """The same losses and gradient norms for 1 process, 2 processes, and both with accumulation; and a run that stopped
     on 1 process goes on on 2."""
