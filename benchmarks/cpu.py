@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(PEERS)]
 
 import torch  # noqa: E402
 from nanogpt_worker import model_settings, prepare, train_flags  # noqa: E402
-from turns import about, alternate, ratio  # noqa: E402
+from turns import about, alternate, ratio, save  # noqa: E402
 
 from nanopre import UserError, config as configs, cost  # noqa: E402
 
@@ -224,10 +224,7 @@ def main(argv: list[str]) -> None:
         result, name = {**about(a.threads), "val_loss": quality(rows, a.threads)}, "cpu-quality"
     else:
         result, name = measure(rows, a.nanogpt and a.nanogpt.resolve(), a.threads), "cpu"
-    a.out.mkdir(parents=True, exist_ok=True)
-    file = a.out / f"{name}-{result['date']}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {file}")
+    print(f"written: {save(result, a.out, name)}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(PEERS)]
 
 import torch  # noqa: E402
 from nanogpt_worker import model_settings, prepare, train_flags  # noqa: E402
-from turns import about, alternate, ratio  # noqa: E402
+from turns import about, alternate, ratio, save  # noqa: E402
 
 from nanopre import UserError, config as configs, cost  # noqa: E402
 
@@ -144,10 +144,7 @@ def main(argv: list[str]) -> None:
             print(f"{row.title:34} {program:13} {found['tokens_per_second']:>10,.0f} {mfu:>6} {found['memory'] / 1e9:>8.2f} "
                   f"{found['startup']:>8.1f}  {found['time_by_ours']:.2f}", flush=True)  # fmt: skip
         result["rows"][key] = {"title": row.title, "programs": programs}
-    a.out.mkdir(parents=True, exist_ok=True)
-    file = a.out / f"gpu-{result['date']}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {file}")
+    print(f"written: {save(result, a.out, 'gpu')}")
 
 
 if __name__ == "__main__":

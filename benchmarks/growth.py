@@ -10,13 +10,12 @@ benchmarks/results/growth-DATE.json and .png; needs matplotlib (`pip install -e 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from statistics import median
 
 from cpu import ROOT, Row, commands
-from turns import about, alternate
+from turns import about, alternate, save
 
 LENGTHS = {t: Row(f"{t} tokens", 256, 4, 4, 384, t, 4096 // t, 1, (0, 0)) for t in (64, 256, 1024, 4096)}
 WIDTHS = {d: Row(f"{d} wide", d, 4, d // 64, 384, 256, 4, 1, (0, 0)) for d in (128, 256, 512, 1024)}
@@ -67,9 +66,7 @@ def main() -> None:
     result = about(a.threads)
     for by, rows in tables.items():
         result[by] = measure(rows, a.nanogpt and a.nanogpt.resolve(), a.turns, a.threads)
-    a.out.mkdir(parents=True, exist_ok=True)
-    file = a.out / f"growth-{result['date']}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    file = save(result, a.out, "growth")
     draw(result, file.with_suffix(".png"))
     print(f"written: {file} and .png")
 

@@ -140,3 +140,10 @@ def about(threads: int) -> dict:
         "versions": versions,
     }
 
+
+def save(result: dict, folder: Path, name: str) -> Path:
+    """Write a benchmark's result, which has what `about` says, to NAME-DATE.json in the folder, made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}-{result['date']}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    return file
