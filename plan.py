@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose errors are one sentence."""
 
     def error(self, message: str):
-        raise UserError(message if message.endswith(("?", ".")) else f"{message}; see --help.")
+        raise UserError(f"{message}; see --help.")
 
 
 def command_line() -> Parser:
@@ -58,12 +58,12 @@ def command_line() -> Parser:
 
 def main(argv: list[str]) -> None:
     a, rest = command_line().parse_known_args(argv)
+    takes_keys = hasattr(a, "overrides")
     for text in rest:
         name = text.partition("=")[0]
-        is_key = "." in name or name.removeprefix("--") in vars(configs.Config())
-        if not hasattr(a, "overrides") or not is_key:
-            key = " (a key of the config is set as --section.key=value)" if hasattr(a, "overrides") else ""
-            raise UserError(f"{name}: not an option{key}; {nearest(name, a.flags)}")
+        if not (takes_keys and ("." in name or name.removeprefix("--") in vars(configs.Config()))):
+            how = " (a key of the config is set as --section.key=value)" if takes_keys else ""
+            raise UserError(f"{name}: not an option{how}; {nearest(name, a.flags)}")
     a.overrides = rest
     with redirect_stdout(sys.stderr):  # what is said on the way
         result, text = a.run(a)

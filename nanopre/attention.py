@@ -92,11 +92,9 @@ class AttendByProducts(torch.autograd.Function):
             if hidden is not None:  # added: masked_fill_ takes three times as long
                 by_head[..., unhidden:] += q.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
             weights = scores.softmax(dim=-1).to(v.dtype)
-            kept.append(weights)
-            if dropout:
-                weights, mask = torch.native_dropout(weights, dropout, True)
-                kept += [weights, mask]
-            out[:, start:end] = (weights @ v[:, :seen]).view(B, H, t, D).transpose(1, 2)
+            dropped, mask = torch.native_dropout(weights, dropout, True) if dropout else (None, None)
+            out[:, start:end] = ((weights if dropped is None else dropped) @ v[:, :seen]).view(B, H, t, D).transpose(1, 2)
+            kept += [weights, dropped, mask]
         ctx.save_for_backward(q, k, v, bias, *kept)
         return out.transpose(1, 2)
 
@@ -109,14 +107,13 @@ class AttendByProducts(torch.autograd.Function):
         beta = 0  # the last queries see every key: their part begins the sums
         for start, end, seen in reversed(ctx.parts):
             t = end - start
+            mask, dropped, weights = kept.pop(), kept.pop(), kept.pop()
             queries = q[:, :, start:end].reshape(n, group * t, D)
             gradient = out_gradient[:, :, start:end].reshape(n, group * t, D)
-            weights, *after_dropout = kept[-3:] if ctx.dropout else kept[-1:]
-            del kept[-3 if ctx.dropout else -1 :]
-            v_gradient[:, :seen].baddbmm_((after_dropout[0] if ctx.dropout else weights).mT, gradient, beta=beta)
+            v_gradient[:, :seen].baddbmm_((weights if dropped is None else dropped).mT, gradient, beta=beta)
             gradient = gradient @ v[:, :seen].mT
-            if ctx.dropout:
-                gradient = torch.ops.aten.native_dropout_backward(gradient, after_dropout[1], 1 / (1 - ctx.dropout))
+            if mask is not None:
+                gradient = torch.ops.aten.native_dropout_backward(gradient, mask, 1 / (1 - ctx.dropout))
             gradient = torch.ops.aten._softmax_backward_data(gradient, weights, -1, weights.dtype)
             if bias_gradient is not None:
                 bias_gradient[:, start:end, :seen] = gradient.view(B, H, t, seen).sum(dim=0, dtype=bias.dtype)
