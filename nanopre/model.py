@@ -22,7 +22,8 @@ from torch import Tensor
 
 from nanopre.attention import attend
 from nanopre.loss import LinearCrossEntropy
-from nanopre.norm import rms_norm
+from nanopre.norm import LayerNorm, RMSNorm
+from nanopre.positions import RelativeBias, rotary_table, rotate
 
 if TYPE_CHECKING:
     from nanopre.generate import KeyValueCache, LayerCache
@@ -115,21 +116,6 @@ class ModelConfig:
         return (self.d_model**-0.5 if self.scale_logits else 1.0) / self.width_ratio
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight (Zhang and Sennrich, 2019), in x's precision, whatever the weight has."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    """(x - mean(x)) / deviation(x) * weight + bias, in x's precision, whatever the weights have (Ba et al., 2016)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
-
-
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "layernorm":
         return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
@@ -140,54 +126,6 @@ def cast_for_products(h: Tensor) -> Tensor:
     """Under autocast, h in its precision: once here instead of once in each projection that reads h."""
     device = h.device.type
     return h.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else h
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Positions
-
-
-def rotary_table(length: int, head_dim: int, theta: float) -> Tensor:
-    """Cosines and sines of rotary positions, (2, length, head_dim / 2) (Su et al., 2021, section 3.2.2)."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
-    return torch.stack((angles.cos(), angles.sin()))
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) of (B, H, T, D) by their position's angles, from a table of (2, T, D/2)."""
-    cos, sin = table.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-class RelativeBias(nn.Module):
-    """A number for each head and distance between query and key, which is added to the score. Near distances have one
-    each, far ones share logarithmic buckets (Raffel et al., 2020, section 2.1)."""
-
-    def __init__(self, config: ModelConfig, bidirectional: bool):
-        super().__init__()
-        self.bidirectional, self.distance = bidirectional, config.relative_distance
-        self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.n_heads))
-
-    def bucket(self, offset: Tensor) -> Tensor:
-        """The bucket of each offset, which is a key's position less the query's."""
-        n = self.weight.shape[0]
-        first = torch.zeros_like(offset)
-        if self.bidirectional:  # half of the buckets for keys behind the query
-            n //= 2
-            first = (offset > 0) * n
-            distance = offset.abs()
-        else:  # what lies behind is not seen
-            distance = (-offset).clamp(min=0)
-        near = n // 2  # distances 0 .. near - 1 have a bucket each, those up to self.distance share the others
-        far = (distance.clamp(min=1) / near).log() / math.log(self.distance / near) * (n - near)
-        return first + torch.where(distance < near, distance, (near + far.long()).clamp(max=n - 1))
-
-    def forward(self, T: int, S: int) -> Tensor:
-        """(H, T, S): the queries are the last T of S positions. Only 2S - 1 offsets differ, and each row of a head's
-        matrix is a window on them, one further left than the row before."""
-        offsets = self.bucket(torch.arange(1 - S, S, device=self.weight.device))
-        return self.weight[offsets].T.unfold(1, S, 1)[:, :T].flip(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

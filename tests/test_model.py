@@ -16,9 +16,10 @@ from nanopre import cost, hf
 from nanopre.attention import attend
 from nanopre.distributed import initialise
 from nanopre.loss import IGNORE, LinearCrossEntropy
-from nanopre.model import ModelConfig, RelativeBias, Transformer
-from nanopre.norm import rms_norm
+from nanopre.model import ModelConfig, Transformer
+from nanopre.norm import RMSNorm
 from nanopre.plugins import load_plugins
+from nanopre.positions import RelativeBias
 
 transformers = pytest.importorskip("transformers")
 
@@ -399,12 +400,13 @@ def test_rmsnorm_on_a_cpu_is_torch_s(rows, C, eps, seed):
     """And its gradients, also of heads that lie apart in memory and in bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, rows, 3, C, generator=generator).transpose(1, 2).requires_grad_()
-    weight, gradient = (torch.randn(*shape, generator=generator) for shape in ((C,), x.shape))
-    weight.requires_grad_()
+    gradient, norm = torch.randn(x.shape, generator=generator), RMSNorm(C, eps)
+    weight = norm.weight
+    torch.nn.init.normal_(weight, generator=generator)
     expected = F.rms_norm(x.double(), (C,), weight.double(), eps)
     theirs = [expected, *torch.autograd.grad(expected, (x, weight), gradient.double())]
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
-        mine = rms_norm(x.to(dtype), weight, eps)
+        mine = norm(x.to(dtype))
         assert mine.dtype == dtype
         for a, b in zip([mine, *torch.autograd.grad(mine, (x, weight), gradient.to(dtype))], theirs, strict=True):
             assert (a - b).abs().max() < tolerance * (1 + b.abs().max())
