@@ -58,12 +58,11 @@ def command_line() -> Parser:
 
 def main(argv: list[str]) -> None:
     a, rest = command_line().parse_known_args(argv)
-    takes_keys = hasattr(a, "overrides")
-    for text in rest:
-        name = text.partition("=")[0]
-        if not (takes_keys and ("." in name or name.removeprefix("--") in vars(configs.Config()))):
-            how = " (a key of the config is set as --section.key=value)" if takes_keys else ""
-            raise UserError(f"{name}: not an option{how}; {nearest(name, a.flags)}")
+    if hasattr(a, "overrides"):
+        configs.check_overrides(rest, argv, a.flags)
+    elif rest:
+        name = rest[0].partition("=")[0]
+        raise UserError(f"{name}: not an option; {nearest(name, a.flags)}")
     a.overrides = rest
     with redirect_stdout(sys.stderr):  # what is said on the way
         result, text = a.run(a)

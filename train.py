@@ -39,7 +39,6 @@ from nanopre import (
 from nanopre.examples import prepare as prepare_examples
 from nanopre.generate import EXAMPLES, generate
 from nanopre.hookspecs import Run
-from nanopre.plugins import nearest
 
 HERE = Path(__file__).parent
 
@@ -55,17 +54,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--list-plugins", action="store_true", help="list every plugin with its options, and stop")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config, and stop")
     arguments, overrides = parser.parse_known_args(argv)
-    for text in overrides:
-        if not text.startswith("-"):
-            raise UserError(f"{text}: one config file is enough, and {arguments.config} is the first.")
-        if "=" not in text:
-            name = text.removeprefix("--")
-            if "." in name or name in vars(configs.Config()) or (name := configs.whole_key(name)):
-                following = argv[argv.index(text) + 1 :][:1]  # "--train.steps 5", where the 5 may pass for the config file
-                value = next((v for v in following if not v.startswith("-") and not v.endswith(".toml")), "VALUE")
-                raise UserError(f"{text}: no value; write --{name}={value}.")
-            options = ["--resume", "--list-plugins", "--print-config", "--help"]
-            raise UserError(f"{text}: not an option (a key is set as --section.key=value); {nearest(text, options)}")
+    configs.check_overrides(overrides, argv, parser._option_string_actions)
 
     run_dir = resume_from = None
     inherit = checkpoint.read_config

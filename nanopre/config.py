@@ -200,14 +200,31 @@ def build_plugin(registry: Registry, kind: str, table: dict[str, Any], where: st
 
 def parse_override(text: str) -> tuple[str, Any, str]:
     """"--train.steps=100" to (key, value, text of the value). The value is TOML; what is not is a bare string."""
-    key, equals, value = text.partition("=")
-    if not key.startswith("--") or not equals:
-        raise UserError(f"{text}: not an option; a key of the config is set as --section.key=value.")
+    key, _, value = text.partition("=")
     try:
         table = tomli.loads(f"value = {value}")
     except tomli.TOMLDecodeError:
         return key[2:], value, value
     return key[2:], table["value"] if len(table) == 1 else value, value
+
+
+def check_overrides(texts: Sequence[str], argv: Sequence[str], options: Sequence[str]) -> None:
+    """Raise UserError for the first of the words in `argv` that argparse left over which does not set a key, in the form of
+    "--train.steps=100". options: those that the script has, for the nearest match."""
+    sections = [f.name for f in dataclasses.fields(Config)]
+    for text in texts:
+        flag, equals, _ = text.partition("=")
+        if not text.startswith("-"):
+            raise UserError(f"{text}: one config file is enough; a key of it is set as --section.key=value.")
+        name = flag.removeprefix("--")
+        key = name if "." in name or name in sections else whole_key(name)
+        if key is None or not text.startswith("--"):
+            hint = nearest(flag, [*options, *(f"--{section}" for section in sections)])
+            raise UserError(f"{flag}: not an option (a key is set as --section.key=value); {hint}")
+        if not equals:
+            following = argv[argv.index(text) + 1 :][:1]  # "--train.steps 5", where the 5 may pass for the config file
+            value = next((v for v in following if not v.startswith("-") and not v.endswith(".toml")), "VALUE")
+            raise UserError(f"{text}: no value; write --{key}={value}.")
 
 
 def whole_key(name: str) -> str | None:

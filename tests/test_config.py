@@ -235,8 +235,6 @@ MISTAKES = [
     ("", ["--plugins=['a.py']"], "--plugins: no such file or folder: a.py."),
     ("", ["--data.corpus=[1, 2]"], "--data.corpus: is 1; it must be a string."),
     ("", ["--data.corpus.name=fils"], '--data.corpus.name: there is no dataset "fils"; did you mean files?'),
-    ("", ["--train.steps", "3"], "--train.steps: not an option; a key of the config is set as --section.key=value."),
-    ("", ["other.txt"], "other.txt: not an option; a key of the config is set as --section.key=value."),
     (
         "[model]\nname = 'lama'",
         ["--model.name=gpt2"],

@@ -442,7 +442,7 @@ def test_schedule_as_a_user_asks_for_it(capsys, tmp_path):
         (["memory", "CONFIG", "--gpu", "h100", "--train.seq_len=9999999"], "rows of at most 4,194,304 tokens."),
         (["schedule", "--png", "/dev/null/a.png"], "/dev/null/a.png: can't be written ("),
         (["schedule", "--train.steps=1"], "--train.steps: not an option; choose from --help, --json, --microbatches, --png,"),
-        (["layout", "CONFIG", "--gpu", "h100", "--gpuss=4"], "--gpuss: not an option (a key of the config is set as"),
+        (["layout", "CONFIG", "--gpu", "h100", "--gpuss=4"], "--gpuss: not an option (a key is set as"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(arguments, message):
