@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanopre import UserError
 from nanopre.config import Train
@@ -74,9 +74,29 @@ def wants_bfloat16(config: Train, device: torch.device) -> bool:
 def lighten(model: nn.Module, config: Train) -> None:
     """Before decoding: bfloat16 weights where the run's products had that precision. Every token reads all weights, and half
     as many bytes take little more than half of the time. Buffers stay: rotary positions need their precision."""
+    device = next(model.parameters()).device
+    if not wants_bfloat16(config, device):
+        return
     for p in model.parameters():
-        if wants_bfloat16(config, p.device):
-            p.data = p.data.bfloat16()
+        p.data = p.data.bfloat16()
+    if device.type == "cpu" and has_fast_bfloat16(device):
+        for module in list(model.modules()):
+            for name, layer in module.named_children():
+                if isinstance(layer, nn.Linear):
+                    setattr(module, name, PackedLinear(layer))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for decoding on a CPU: its bfloat16 weight lies in memory as oneDNN's products read it. Else they put it
+    in that order for every token, which takes as long as the product itself: decoding runs at half of the speed."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)  # 1: rows that are expected
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, self.bias, "none", [], "")
 
 
 def choose_device(name: str, key: str = "train.device") -> torch.device:

@@ -1,5 +1,8 @@
 """Decoding: the cache changes nothing, and each way to choose a token follows its definition."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -7,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from nanopre.config import Train
 from nanopre.distributed import initialise
 from nanopre.generate import choose, generate
-from nanopre.machine import lighten
+from nanopre.machine import PackedLinear, has_fast_bfloat16, lighten
 from nanopre.model import ModelConfig, Transformer
 
 SETTINGS = dict(vocab_size=61, seq_len=24, d_model=32, n_layers=2, n_heads=4, d_ff=64, norm_eps=1e-5)
@@ -114,6 +117,25 @@ def test_lighter_weights_choose_tokens_that_the_whole_ones_would(config):
         # As likely as any but for the rounding to 8 bits; a token at random is half of the spread away.
         assert logits.max() - logits[token] < 0.05 * (logits.max() - logits.min())
         sequence = [*sequence, token]
+
+
+def test_packed_weights_change_no_logit():
+    """Prompts of one token and more, a head with a bias, and weights that the embedding shares."""
+    if not has_fast_bfloat16(torch.device("cpu")):
+        pytest.skip("no fast bfloat16 products on this CPU: weights are not packed")
+    for config in (GPT2, LLAMA, T5, dataclasses.replace(GPT2, transform=True)):
+        plain = make_model(config, seed=5)
+        for name, parameter in plain.named_parameters():
+            parameter.data = (parameter.data.normal_() if name.endswith("bias") else parameter.data).bfloat16()
+        packed = copy.deepcopy(plain)
+        lighten(packed, Train(precision="bfloat16"))
+        assert any(isinstance(m, PackedLinear) for m in packed.modules())
+        assert not any(isinstance(m, torch.nn.Linear) for m in packed.modules())
+        for length in (1, 7):
+            tokens = torch.arange(3, 3 + length)[None]
+            inputs = {"tokens": tokens} if config is not T5 else {"tokens": tokens, "decoder_tokens": tokens}
+            with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+                torch.testing.assert_close(packed(**inputs), plain(**inputs), rtol=0.02, atol=0.02)
 
 
 def test_draws_depend_on_the_seed_alone():
