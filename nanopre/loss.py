@@ -18,7 +18,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     ever held whole, and nothing is computed twice.
     """
 
-    LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32; large enough that the products run at full speed
+    LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32; with half as many a step of GPT-2 124M takes 3% longer on a CPU
 
     @staticmethod
     def forward(ctx, h, weight, bias, targets, count_correct) -> tuple[Tensor, Tensor]:
@@ -32,8 +32,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         with_gradient = any(ctx.needs_input_grad)
         w = weight.to(dtype)
         h_gradient = torch.empty_like(h) if with_gradient else None
-        w_gradient = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
-        b_gradient = torch.zeros_like(bias, dtype=torch.float32) if with_gradient and bias is not None else None
+        w_gradient = b_gradient = None
         total, correct = (torch.zeros((), device=h.device) for _ in range(2))  # no views, which FSDP would warn of
         rows = max(1, LinearCrossEntropy.LOGITS_PER_CHUNK // weight.shape[0])
         for h_part, t_part, g_part in zip(
@@ -42,20 +41,23 @@ class LinearCrossEntropy(torch.autograd.Function):
             x = h_part.to(dtype)
             logits = (x @ w.T).float()  # (n, V)
             log_p = F.log_softmax(logits if bias is None else logits.add_(bias), dim=-1)
-            has_target = t_part != IGNORE
+            has_target = (t_part != IGNORE).unsqueeze(1)
             index = t_part.clamp(min=0).unsqueeze(1)
             total += F.nll_loss(log_p, t_part, ignore_index=IGNORE, reduction="sum")
             if count_correct:
-                correct += ((log_p.gather(1, index).squeeze(1) >= log_p.amax(dim=1)) & has_target).sum()
+                correct += ((log_p.gather(1, index) >= log_p.amax(dim=1, keepdim=True)) & has_target).sum()
             if with_gradient:
-                gradient = log_p.exp_()  # d total / d logits = softmax - one_hot(target), 0 without a target
+                # d total / d logits = softmax - one_hot(target), and 0 without a target, for which C numbers a row are
+                # masked below instead of these V.
+                gradient = log_p.exp_()
                 gradient.scatter_add_(1, index, -torch.ones_like(gradient[:, :1]))
-                gradient = gradient.mul_(has_target.unsqueeze(1))
-                if b_gradient is not None:
-                    b_gradient += gradient.sum(dim=0)
+                if bias is not None:
+                    part = has_target.squeeze(1).to(gradient.dtype) @ gradient
+                    b_gradient = part if b_gradient is None else b_gradient.add_(part)
                 gradient = gradient.to(dtype)
-                g_part.copy_(gradient @ w)
-                w_gradient += gradient.T @ x
+                g_part.copy_((gradient @ w) * has_target)
+                part = gradient.T @ (x * has_target)
+                w_gradient = part.float() if w_gradient is None else w_gradient.add_(part)
         ctx.mark_non_differentiable(correct)
         if with_gradient:
             ctx.save_for_backward(h_gradient, w_gradient, b_gradient)

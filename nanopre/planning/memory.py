@@ -178,7 +178,7 @@ def micro_batch(
     if last.tensor > 1:
         alone, after_another = (6, 12) if half else (4, 8)
     product = V * C * k.products * (2 if cast else 1)  # the projection's gradient of one chunk; the projection, cast
-    product += 4 * V * C if half and k.cpu else 0  # a CPU casts what is added to the sum over chunks
+    product += 4 * V * C if half and k.cpu and n > rows else 0  # a CPU casts what is added to the sum over chunks
     loss = activations.stream(c, k, whole) + max(chunk * alone + product, chunk * after_another if n > rows else 0)
     return MicroBatch(
         kept=tuple(kept),
