@@ -52,7 +52,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 gradient = log_p.exp_()
                 gradient.scatter_add_(1, index, -torch.ones_like(gradient[:, :1]))
                 if bias is not None:
-                    part = has_target.squeeze(1).to(gradient.dtype) @ gradient
+                    part = (gradient * has_target).sum(dim=0)
                     b_gradient = part if b_gradient is None else b_gradient.add_(part)
                 gradient = gradient.to(dtype)
                 g_part.copy_((gradient @ w) * has_target)

@@ -193,7 +193,7 @@ table = {{"data": {{"corpus": "{tmp_path}/t.jsonl", "cache_dir": "{tmp_path}/cac
 print(corpus.prepare(*config.from_dict(table, "t.toml"), progress=False).train.n_tokens)
 """
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT) for _ in range(3)
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, env=ENVIRONMENT) for _ in range(2)
     ]
     outputs = [process.communicate(timeout=100)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes)

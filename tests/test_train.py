@@ -159,9 +159,7 @@ def test_evaluation_is_the_mean_over_the_whole_split(tiny, tmp_path):
 
 def test_a_fixed_part_of_the_validation_split(tiny, tmp_path):
     # 100 tokens are 3 rows of 48; the part does not depend on the micro-batches that go through it.
-    parts = [
-        run(tiny, f"m{m}", "--train.eval_tokens=100", f"--train.micro_batch_size={m}", tmp_path=tmp_path) for m in (1, 8)
-    ]
+    parts = [run(tiny, f"m{m}", "--train.eval_tokens=100", f"--train.micro_batch_size={m}", tmp_path=tmp_path) for m in (1, 8)]
     (a, b), whole = (read_log(part)[1] for part in parts), read_log(run(tiny, "all", tmp_path=tmp_path))[1]
     assert a[0]["val_loss"] == pytest.approx(b[0]["val_loss"], rel=1e-5)
     assert a[0]["val_loss"] != pytest.approx(whole[0]["val_loss"], rel=1e-5)
@@ -304,7 +302,7 @@ def test_what_a_resumed_run_changes_is_said_when_it_changes(tiny, tmp_path, caps
     "model, flag, sentence",
     [
         ("llama", "--model.n_heads=4", "model.n_heads can't be 4, since the weights were trained with 2"),
-        ("llama", "--tokenizer.name=chars", "tokenizer.name can't be \"chars\", since the weights were trained with \"bytes\""),
+        ("llama", "--tokenizer.name=chars", 'tokenizer.name can\'t be "chars", since the weights were trained with "bytes"'),
         ("gpt2", "--train.seq_len=24", "train.seq_len can't be 24, since the weights were trained with 48"),
         ("llama", "--init_from=runs/x", "--init_from=runs/x: a run that is resumed has weights of its own"),
     ],
@@ -363,11 +361,6 @@ def test_a_run_that_cannot_be_written(tiny, tmp_path):
     (folder / "config.toml.tmp").mkdir()
     with pytest.raises(UserError, match="runs/a/config.toml: can't be written .Is a directory."):
         train.main(["--resume", str(folder), "--train.steps=13"])
-
-
-def test_two_config_files_are_one_too_many():
-    with pytest.raises(UserError, match="b.toml: one config file is enough, and a.toml is the first."):
-        train.main(["a.toml", "b.toml"])
 
 
 def test_a_plugin_that_exits_ends_no_run_without_a_word(tiny, tmp_path):
@@ -448,11 +441,12 @@ def test_a_changed_corpus_is_not_resumed(tiny, tmp_path):
         train.main(["--resume", str(folder), "--train.steps=14", f"--data.corpus={ROOT}/nanopre/*.py"])
 
 
+@pytest.mark.slow
 def test_an_error_on_many_ranks_is_said_once(tiny):
     result = run_script("train.py", *tiny, "--train.batch_size=9", processes=2)
     assert result.returncode != 0
     assert result.stderr.count("train.batch_size = 9 is not divisible by 2 data-parallel ranks; take 8 or 10.") == 1
-    assert "train.py\", line" not in result.stderr  # torchrun's own traceback says that a process failed
+    assert 'train.py", line' not in result.stderr  # torchrun's own traceback says that a process failed
 
 
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
