@@ -18,6 +18,7 @@ from torch import nn
 
 from nanopre import UserError
 from nanopre.config import Config
+from nanopre.model import Attention
 
 PREPARE_TIMEOUT = timedelta(hours=24)  # how long the other ranks wait for one rank to tokenise a corpus
 
@@ -235,7 +236,7 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Fill each parameter from a generator of its own, keyed by (seed, name): no layout changes the first weights.
 
     The model's `init_std(name)` gives the standard deviation of a normal distribution; None is a norm or a bias, which
-    keeps the constant that its layer started it with.
+    keeps the constant that its layer started it with: 1 or 0, but for some of attention's biases.
     """
     for name, parameter in model.named_parameters():
         std = model.init_std(name)
@@ -244,6 +245,9 @@ def initialise(model: nn.Module, seed: int) -> None:
         else:
             generator = torch.Generator().manual_seed(derive_seed(seed, name))
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.start_near()
 
 
 def padded_vocabulary(n_vocab: int) -> int:

@@ -661,6 +661,28 @@ def test_first_weights_have_the_stated_spread():
             assert abs(parameter.mean().item()) < 4.4 * std / math.sqrt(n), name
 
 
+def test_half_of_the_heads_of_rotary_attention_with_biases_begin_near():
+    """By the attention's own scores: with products of weight 0 a query's preference is that of the biases alone."""
+    config = tiny(BERT, positions="rope", d_model=96, n_heads=3, n_kv_heads=3, seq_len=8)
+    model = Transformer(config)
+    initialise(model, seed=5)
+    attention = model.blocks["1"].attn
+    for layer in (attention.q, attention.k):
+        layer.weight.data.zero_()
+    attention.out = attention.v = torch.nn.Identity()  # values that name the keys, and what is read of them
+    values = F.pad(torch.eye(8), (0, 24)).repeat(1, 3)[None]
+    read = attention(values).view(8, 3, 32)[:, :, :8].transpose(0, 1)  # (head, query, key)
+    distance = (torch.arange(8)[:, None] - torch.arange(8)).abs()
+    for weights in read[:2]:
+        means = [weights[distance == d].mean().item() for d in range(8)]
+        assert means[0] > means[1] > 1 / 8 > means[2] > max(means[3:])
+    torch.testing.assert_close(read[2], torch.full((8, 8), 1 / 8))
+    for other in (tiny(BERT), tiny(BERT, positions="rope", bias=False)):
+        model = Transformer(other)
+        initialise(model, seed=5)
+        assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
 def test_first_weights_depend_on_the_seed_and_the_name_alone():
     whole, stage = Transformer(tiny(LLAMA, qk_norm=True)), Transformer(tiny(LLAMA, qk_norm=True))
     del stage.embed, stage.blocks["0"]  # as on the last of two pipeline stages
