@@ -29,6 +29,7 @@ from nanopre import (
     parallel,
     timetable,
 )
+from nanopre.command_line import Parser, check_overrides, refuse
 from nanopre.distributed import World
 from nanopre.planning import budget, layouts, memory, preview, proposal, recipe, report, scaling, shape, sweep, trial, upscale
 from nanopre.planning.laws import PUBLISHED
@@ -38,13 +39,6 @@ from nanopre.plugins import Registry, load_plugins, nearest
 HERE = Path(__file__).parent
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one sentence."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help.")
-
-
 def command_line() -> Parser:
     parser = Parser(prog="plan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -52,17 +46,16 @@ def command_line() -> Parser:
     for add in (*of_runs, *of_configs, add_sweep, add_lr, add_batch, add_upscale):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-        command.set_defaults(flags=[flag for action in command._actions for flag in action.option_strings])
+        command.set_defaults(options=command.options)
     return parser
 
 
 def main(argv: list[str]) -> None:
     a, rest = command_line().parse_known_args(argv)
     if hasattr(a, "overrides"):
-        configs.check_overrides(rest, argv, a.flags)
-    elif rest:
-        name = rest[0].partition("=")[0]
-        raise UserError(f"{name}: not an option; {nearest(name, a.flags)}")
+        check_overrides(rest, argv, a.options)
+    else:
+        refuse(rest, a.options)
     a.overrides = rest
     with redirect_stdout(sys.stderr):  # what is said on the way
         result, text = a.run(a)
@@ -550,7 +543,7 @@ def run_schedule(a: argparse.Namespace) -> tuple[dict, str]:
     options = {"degree": a.stages, "microbatches": a.microbatches, "schedule": a.schedule, "stages_per_rank": a.stages_per_rank}
     n_layers = a.stages * max(2, a.stages_per_rank)
     table = {"model": {"n_layers": n_layers}, "train": {"batch_size": a.microbatches}, "parallel": {"pipeline": options}}
-    config, plugins = configs.from_dict(table, "plan.py schedule")
+    config, plugins = configs.from_dict(table, "schedule")
     parallel.plan(config, plugins, World(0, 0, a.stages, torch.device("cpu")))
     v = config.parallel["pipeline"].stages
     times = timetable.simulate(timetable.actions(a.schedule, a.stages, a.microbatches, v))

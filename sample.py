@@ -18,11 +18,12 @@ from collections.abc import Iterator
 import torch
 
 from nanopre import UserError, checkpoint, machine
+from nanopre.command_line import Parser, refuse
 from nanopre.generate import fill_masks, fill_sentinels, generate
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Ask a trained model for what it is for.", allow_abbrev=False)
+    parser = Parser(description="Ask a trained model for what it is for.", allow_abbrev=False)
     parser.add_argument("run", help="a run's folder (its latest checkpoint) or one checkpoint's")
     parser.add_argument("--prompt", default="", help='the text; "-" reads it from stdin (default: a new document)')
     parser.add_argument("--tokens", type=positive(int), default=200, help="most tokens to make (default: 200)")
@@ -33,7 +34,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num-samples", type=positive(int), default=1, help="how many, one after the other (default: 1)")
     parser.add_argument("--json", action="store_true", help="print each result as a line of JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    a = parser.parse_args(argv)
+    a, rest = parser.parse_known_args(argv)
+    refuse(rest, parser.options)
 
     run = checkpoint.open_run(a.run)
     device = machine.choose_device(a.device, "--device")

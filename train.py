@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -36,6 +35,7 @@ from nanopre import (
     optim,
     parallel,
 )
+from nanopre.command_line import Parser, check_overrides
 from nanopre.examples import prepare as prepare_examples
 from nanopre.generate import EXAMPLES, generate
 from nanopre.hookspecs import Run
@@ -44,7 +44,7 @@ HERE = Path(__file__).parent
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Pre-train a language model.",
         epilog="Any key of the config can be set as --section.key=value, in TOML's syntax or as a bare string.",
         allow_abbrev=False,
@@ -54,13 +54,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--list-plugins", action="store_true", help="list every plugin with its options, and stop")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config, and stop")
     arguments, overrides = parser.parse_known_args(argv)
-    configs.check_overrides(overrides, argv, parser._option_string_actions)
+    check_overrides(overrides, argv, parser.options)
 
     run_dir = resume_from = None
     inherit = checkpoint.read_config
-    config_file = arguments.config or HERE / "configs" / "default.toml"
+    config_file = HERE / "configs" / "default.toml" if arguments.config is None else arguments.config
     if arguments.resume is not None:
-        if arguments.config:
+        if arguments.config is not None:
             raise UserError("--resume takes the config that was saved with the run; leave out the config file.")
         for text in overrides:
             if text.startswith(("--name=", "--out_dir=")):
@@ -297,8 +297,8 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
     elif is_first:
         if c.samples and model.config.architecture == "decoder" and not hasattr(objective, "sample"):
             print_samples(run_dir, here.device, c.prompt, c.samples, config.seed)
-        example = "TEXT" if hasattr(objective, "sample") else EXAMPLES.get(model.config.architecture, "TEXT")
-        print(f"\nTry it: python sample.py {run_dir} --prompt {c.prompt or example!r}")
+        example = "TEXT" if hasattr(objective, "sample") else EXAMPLES.get(model.config.architecture, c.prompt or "TEXT")
+        print(f"\nTry it: python sample.py {run_dir} --prompt {example!r}")
 
 
 def numbers(tensors: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -176,9 +176,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8, which TOML is.") from None
     except OSError as error:
-        beside = sorted(str(file) for file in Path(path).parent.glob("*.toml"))
+        beside = sorted(str(file) for file in Path(path).parent.glob("*.toml") if file.name != "pyproject.toml")
         hint = nearest(str(path), beside) if beside else "give the path of a TOML file."
-        raise UserError(f"{path}: can't be read ({error.strerror}); {hint}") from None
+        hint = f"a key is set as --{path}." if "=" in str(path) else hint
+        raise UserError(f"{path or 'a config file without a name'}: can't be read ({error.strerror}); {hint}") from None
 
 
 def section(cls: type, table: Any, where: str, key: str) -> Any:
@@ -206,25 +207,6 @@ def parse_override(text: str) -> tuple[str, Any, str]:
     except tomli.TOMLDecodeError:
         return key[2:], value, value
     return key[2:], table["value"] if len(table) == 1 else value, value
-
-
-def check_overrides(texts: Sequence[str], argv: Sequence[str], options: Sequence[str]) -> None:
-    """Raise UserError for the first of the words in `argv` that argparse left over which does not set a key, in the form of
-    "--train.steps=100". options: those that the script has, for the nearest match."""
-    sections = [f.name for f in dataclasses.fields(Config)]
-    for text in texts:
-        flag, equals, _ = text.partition("=")
-        if not text.startswith("-"):
-            raise UserError(f"{text}: one config file is enough; a key of it is set as --section.key=value.")
-        name = flag.removeprefix("--")
-        key = name if "." in name or name in sections else whole_key(name)
-        if key is None or not text.startswith("--"):
-            hint = nearest(flag, [*options, *(f"--{section}" for section in sections)])
-            raise UserError(f"{flag}: not an option (a key is set as --section.key=value); {hint}")
-        if not equals:
-            following = argv[argv.index(text) + 1 :][:1]  # "--train.steps 5", where the 5 may pass for the config file
-            value = next((v for v in following if not v.startswith("-") and not v.endswith(".toml")), "VALUE")
-            raise UserError(f"{text}: no value; write --{key}={value}.")
 
 
 def whole_key(name: str) -> str | None:

@@ -1,0 +1,52 @@
+"""What the scripts' command lines have in common: errors of one sentence, and words that set keys of the config."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from nanopre import UserError
+from nanopre.config import Config, whole_key
+from nanopre.plugins import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one sentence."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help.")
+
+    @property
+    def options(self) -> list[str]:
+        return list(self._option_string_actions)
+
+
+def refuse(words: Sequence[str], options: Collection[str]) -> None:
+    """Raise UserError for the first of the words that argparse left over, with the nearest of the options."""
+    for word in words:
+        name = word.partition("=")[0]
+        if not word.startswith("-"):
+            raise UserError(f"{word}: neither an option nor the value of one; see --help.")
+        raise UserError(f"{name}: not an option; {nearest(name, list(options))}")
+
+
+def check_overrides(words: Sequence[str], argv: Sequence[str], options: Collection[str]) -> None:
+    """Raise UserError for the first of the words in `argv` that argparse left over which does not set a key, in the form of
+    "--train.steps=100". options: those that the script has, for the nearest match."""
+    sections = [f.name for f in dataclasses.fields(Config)]
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            raise UserError(f"{word}: one config file is enough; a key of it is set as --section.key=value.")
+        name = flag.lstrip("-")
+        key = name if "." in name or name in sections else whole_key(name)
+        if key is None:
+            hint = nearest(flag, [*options, *(f"--{section}" for section in sections)])
+            raise UserError(f"{flag}: not an option (a key is set as --section.key=value); {hint}")
+        if not word.startswith("--"):
+            raise UserError(f"{flag}: not an option; did you mean --{key}{equals}{value}?")
+        if not equals:
+            following = argv[argv.index(word) + 1 :][:1]  # "--train.steps 5", where the 5 may pass for the config file
+            value = next((v for v in following if not v.startswith("-") and not v.endswith(".toml")), "VALUE")
+            raise UserError(f"{word}: no value; write --{key}={value}.")
