@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,23 @@ def test_masks_are_filled_with_the_likeliest_tokens(tmp_path, make, capsys):
     sample.main([str(tmp_path / "tiny"), "--prompt", prompt])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10 and lines[0].split()[:2] == ["[MASK]", "1"] and lines[9].split()[:2] == ["[MASK]", "2"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model.n_layers=1"],
+        ["--model={name = 'bert', d_model = 32, n_layers = 1, n_heads = 2}", "--objective={name = 'mlm_nsp', nsp = false}"],
+        ["--model={name = 't5', d_model = 32, n_layers = 1, n_heads = 2}", "--objective.name=span_corruption"],
+    ],
+    ids=["llama", "bert", "t5"],
+)
+def test_the_command_that_train_py_ends_with_works(tiny, capsys, flags):
+    train.main([*tiny, *flags, "--train.steps=1", "--train.prompt=The cat"])
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Try it: "))
+    assert command[:2] == ["python", "sample.py"]
+    sample.main([*command[2:], "--tokens=5"])
+    assert capsys.readouterr().out.strip()
 
 
 def test_sentinels_are_filled_with_what_the_decoder_writes(tmp_path, capsys):
