@@ -177,8 +177,9 @@ def micro_batch(
     alone, after_another = (10, 16) if half else (8, 12)
     if last.tensor > 1:
         alone, after_another = (6, 12) if half else (4, 8)
-    product = V * C * k.products * (2 if cast else 1)  # the projection's gradient of one chunk; the projection, cast
-    product += 4 * V * C if half and k.cpu and n > rows else 0  # a CPU casts what is added to the sum over chunks
+    summed = n > rows or last.tensor > 1  # else the one chunk's product, if it is float32, is the gradient itself
+    product = V * C * k.products * ((half or summed) + cast)  # the projection's gradient of one chunk; the projection, cast
+    product += 4 * V * C if half and k.cpu and summed else 0  # a CPU casts what is added to the sum over chunks
     loss = activations.stream(c, k, whole) + max(chunk * alone + product, chunk * after_another if n > rows else 0)
     return MicroBatch(
         kept=tuple(kept),
