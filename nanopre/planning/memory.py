@@ -126,6 +126,7 @@ class MicroBatch:
     kept: tuple[float, float]  # by a block: of a decoder or encoder, and of an encoder-decoder's decoder
     recomputed: tuple[float, float]  # what of a block is computed again,
     working: tuple[float, float]  # which its backward pass needs beyond that, with the gradients of its streams
+    outputs: tuple[float, float]  # of a block's products with weights
     streams: float  # all that flow between two blocks
     encoded: float  # an encoder-decoder's other stream, which no block of its own keeps
     embedding: float  # where a norm follows the embeddings
@@ -150,16 +151,17 @@ def micro_batch(
     row that meet the vocabulary; cast: whether products have another precision than weights."""
     kind = "causal" if c.architecture == "decoder" else "bidirectional"
     last = decoder or encoder
-    kept, recomputed, working = [], [], []
+    kept, recomputed, working, outputs = [], [], [], []
     for x, name in ((encoder, kind), (decoder, "decoder")):
         if x is None:
-            for values in (kept, recomputed, working):
+            for values in (kept, recomputed, working, outputs):
                 values.append(0.0)
             continue
         every, stream = activations.block(c, k, x, name), activations.stream(c, k, x)
         here = {"none": every, "full": stream}.get(recompute) or stream + activations.products(c, k, x, name)
         kept.append(0.0 if offload else here)
         recomputed.append(every - here)
+        outputs.append(activations.products(c, k, x, name))
         wide = x.rows * x.T * -(-c.d_ff // x.tensor) * k.products
         # The stream's gradient and the sum that it goes into, those of the MLP's width; and what is computed again.
         working.append(2 * stream + (2 if c.activation in GATED else 1) * wide + every - kept[-1])
@@ -185,6 +187,7 @@ def micro_batch(
         kept=tuple(kept),
         recomputed=tuple(recomputed),
         working=tuple(working),
+        outputs=tuple(outputs),
         streams=activations.stream(c, k, encoder) + (activations.stream(c, k, decoder) if decoder else 0),
         encoded=activations.stream(c, k, encoder) if decoder else 0.0,
         embedding=activations.norm(c, k, encoder) if c.embedding_norm else 0.0,
@@ -303,6 +306,8 @@ def estimate(
 
         always = P + S + buffers + sharding.gathered
         before = always + (G if early else 0.0) + sharding.accumulated
+        if pipe and pipe.schedule == "zero_bubble":  # a micro-batch's gradients that wait for their products with activations
+            before += n_encoder * m.outputs[0] + n_decoder * m.outputs[1]
         graph = copies if not recomputes else 0.0  # of the whole part, else of the block that is computed again,
         block = copies / n if recomputes else 0.0  # though autocast has them all until the forward pass ends
         tied = w * weights.tokens.parameters if is_first and is_last and c.tie_embeddings else 0.0
