@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from nanopre import UserError
 from nanopre.config import Config, whole_key
@@ -22,16 +22,16 @@ class Parser(argparse.ArgumentParser):
         return list(self._option_string_actions)
 
 
-def refuse(words: Sequence[str], options: Collection[str]) -> None:
-    """Raise UserError for the first of the words that argparse left over, with the nearest of the options."""
-    for word in words:
-        name = word.partition("=")[0]
-        if not word.startswith("-"):
-            raise UserError(f"{word}: neither an option nor the value of one; see --help.")
-        raise UserError(f"{name}: not an option; {nearest(name, list(options))}")
+def refuse(words: Sequence[str], options: Sequence[str]) -> None:
+    """Raise UserError for the first of the words that argparse left over, if there are any, with the nearest of the options."""
+    if words:
+        if not words[0].startswith("-"):
+            raise UserError(f"{words[0]}: neither an option nor the value of one; see --help.")
+        flag = words[0].partition("=")[0]
+        raise UserError(f"{flag}: not an option; {nearest(flag, options)}")
 
 
-def check_overrides(words: Sequence[str], argv: Sequence[str], options: Collection[str]) -> None:
+def check_overrides(words: Sequence[str], argv: Sequence[str], options: Sequence[str]) -> None:
     """Raise UserError for the first of the words in `argv` that argparse left over which does not set a key, in the form of
     "--train.steps=100". options: those that the script has, for the nearest match."""
     sections = [f.name for f in dataclasses.fields(Config)]

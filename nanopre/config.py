@@ -177,8 +177,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not UTF-8, which TOML is.") from None
     except OSError as error:
         beside = sorted(str(file) for file in Path(path).parent.glob("*.toml") if file.name != "pyproject.toml")
-        hint = nearest(str(path), beside) if beside else "give the path of a TOML file."
-        hint = f"a key is set as --{path}." if "=" in str(path) else hint
+        if "=" in str(path) and not str(path).endswith(".toml"):
+            hint = f"a key is set as --{path}."
+        else:
+            hint = nearest(str(path), beside) if beside else "give the path of a TOML file."
         raise UserError(f"{path or 'a config file without a name'}: can't be read ({error.strerror}); {hint}") from None
 
 

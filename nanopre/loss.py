@@ -47,12 +47,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             if count_correct:
                 correct += ((log_p.gather(1, index) >= log_p.amax(dim=1, keepdim=True)) & has_target).sum()
             if with_gradient:
-                # d total / d logits = softmax - one_hot(target), and 0 without a target, for which C numbers a row are
-                # masked below instead of these V.
+                # d total / d logits = softmax - one_hot(target), and 0 without a target: where no bias asks for it here, C
+                # numbers a row are masked below instead of these V.
                 gradient = log_p.exp_()
                 gradient.scatter_add_(1, index, -torch.ones_like(gradient[:, :1]))
                 if bias is not None:
-                    part = (gradient * has_target).sum(dim=0)
+                    part = gradient.mul_(has_target).sum(dim=0)  # in place: a copy would be a third tensor of a chunk's size
                     b_gradient = part if b_gradient is None else b_gradient.add_(part)
                 gradient = gradient.to(dtype)
                 g_part.copy_((gradient @ w) * has_target)

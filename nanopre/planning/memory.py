@@ -126,7 +126,7 @@ class MicroBatch:
     kept: tuple[float, float]  # by a block: of a decoder or encoder, and of an encoder-decoder's decoder
     recomputed: tuple[float, float]  # what of a block is computed again,
     working: tuple[float, float]  # which its backward pass needs beyond that, with the gradients of its streams
-    outputs: tuple[float, float]  # of a block's products with weights
+    outputs: tuple[float, float]  # of a block's products (activations.products)
     streams: float  # all that flow between two blocks
     encoded: float  # an encoder-decoder's other stream, which no block of its own keeps
     embedding: float  # where a norm follows the embeddings
@@ -158,10 +158,10 @@ def micro_batch(
                 values.append(0.0)
             continue
         every, stream = activations.block(c, k, x, name), activations.stream(c, k, x)
-        here = {"none": every, "full": stream}.get(recompute) or stream + activations.products(c, k, x, name)
+        outputs.append(activations.products(c, k, x, name))
+        here = {"none": every, "full": stream, "selective": stream + outputs[-1]}[recompute]
         kept.append(0.0 if offload else here)
         recomputed.append(every - here)
-        outputs.append(activations.products(c, k, x, name))
         wide = x.rows * x.T * -(-c.d_ff // x.tensor) * k.products
         # The stream's gradient and the sum that it goes into, those of the MLP's width; and what is computed again.
         working.append(2 * stream + (2 if c.activation in GATED else 1) * wide + every - kept[-1])
