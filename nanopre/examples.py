@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanopre import UserError, config as configs
-from nanopre.corpus import Source, check_characters, digest, make_tokenizer, open_cache, read_json_lines, unpacked
+from nanopre.corpus import make_tokenizer, open_cache
 from nanopre.data import Corpus, hash64, permute
 from nanopre.plugins import Registry, nearest
+from nanopre.sources import Source, check_characters, digest, read_json_lines, unpacked
 from nanopre.tokenizer import Tokenizer
 
 Record = tuple[str, ...]  # the texts of one example, one for each column that the objective names

@@ -19,7 +19,8 @@ from conftest import ENVIRONMENT, ROOT, SHARED
 from hypothesis import given, settings, strategies as st
 
 from nanopre import UserError, config as configs, corpus as corpora
-from nanopre.corpus import _read_text, _split, sentence_starts
+from nanopre.corpus import _split, sentence_starts
+from nanopre.sources import DOCUMENT_BYTES, _read_text
 from nanopre.tokenizer import bytes_tokenizer
 
 SHAKESPEARE = SHARED / "text" / "tinyshakespeare.txt"
@@ -105,7 +106,7 @@ def test_a_long_text_is_cut_without_loss(pieces):
     text = "".join(pieces)
     parts = list(_read_text("a.txt", io.BytesIO(text.encode())))
     assert "".join(parts) == text
-    assert all(0 < len(part.encode()) < 2 * corpora.DOCUMENT_BYTES for part in parts)
+    assert all(0 < len(part.encode()) < 2 * DOCUMENT_BYTES for part in parts)
 
 
 def test_sentences():
