@@ -17,6 +17,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message}; see --help.")
 
+    def _check_value(self, action: argparse.Action, value):
+        """argparse's own check of a choice names all of them, and not the nearest."""
+        if action.choices is not None and value not in action.choices:
+            name = " ".join(action.option_strings) or action.metavar
+            raise UserError(f"{name} {value}: there is no such choice; {nearest(value, list(action.choices))}")
+
     @property
     def options(self) -> list[str]:
         return list(self._option_string_actions)

@@ -14,7 +14,6 @@ tokenizer adds around a text.
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import re
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from nanopre import UserError, checkpoint, config as configs, distributed
+from nanopre.command_line import Parser, refuse
 from nanopre.hf_families import (
     BERT,
     BERT_BY_HEAD,
@@ -384,8 +384,8 @@ def read_json(file: Path) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m nanopre.hf", description="Models from and to Hugging Face.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(prog="python -m nanopre.hf", description="Models from and to Hugging Face.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     command = commands.add_parser("import", help="make a run of a folder in the format of transformers")
     command.add_argument("source", metavar="HF_FOLDER", help="a folder of config.json, weights and tokenizer.json")
     command.add_argument("run", metavar="RUN", help="the new run's folder: runs/NAME")
@@ -393,7 +393,8 @@ def main(argv: list[str]) -> None:
     command = commands.add_parser("export", help="make a folder in the format of transformers of a run")
     command.add_argument("run", metavar="RUN", help="a run's folder (its latest checkpoint) or one checkpoint's")
     command.add_argument("folder", metavar="HF_FOLDER", help="the new folder")
-    a = parser.parse_args(argv)
+    a, rest = parser.parse_known_args(argv)
+    refuse(rest, commands.choices[a.command].options)
     if a.command == "import":
         print(f"Imported to {import_model(a.source, a.run, a.tokenizer)}; try: python sample.py {a.run} --prompt TEXT")
     else:

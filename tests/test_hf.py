@@ -289,6 +289,22 @@ def test_the_command_line_imports_exports_and_reports_errors_in_one_line(tmp_pat
     assert result.stderr == f"nanopre.hf: {tmp_path}/hf: is there already; choose a new folder.\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND; see --help."),
+        (["imprt", "a", "b"], "COMMAND imprt: there is no such choice; did you mean import?"),
+        (["import", "a"], "the following arguments are required: RUN; see --help."),
+        (["import", "a", "b", "--tokeniser=c"], "--tokeniser: not an option; did you mean --tokenizer?"),
+        (["export", "a", "b", "c"], "c: neither an option nor the value of one; see --help."),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(arguments, message):
+    with pytest.raises(UserError) as error:
+        hf.main(arguments)
+    assert str(error.value) == message
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoders and encoder-decoders
 

@@ -163,7 +163,7 @@ def test_a_model_that_was_lost_is_no_point(base, tmp_path, capsys):
         (["--span=1.1", "--budgets=9"], "--span: two budgets near .* FLOPs would have one name; raise it, or lower --budgets"),
         (["--schedule.decay_fraction=1"], "schedule.decay_fraction = 1: leaves no steps at a constant rate; lower it"),
         (["--out=/dev/null/s"], r"--out /dev/null/s: can't be written \("),
-        (["--approach=kaplan"], "invalid choice: 'kaplan'"),
+        (["--approach=kaplan"], "--approach kaplan: there is no such choice; choose from envelope, isoflop, parametric."),
     ],
 )
 def test_bad_input_is_one_sentence(base, tmp_path, flags, message):
