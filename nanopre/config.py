@@ -49,7 +49,7 @@ def below_one(section: object, *names: str) -> None:
 @dataclass
 class Data:
     corpus: str | list[str] | dict[str, Any] = "stdlib"  # a dataset plugin, file or glob, several, or {name = ..., ...}
-    val_corpus: str | list[str] | dict[str, Any] | None = None  # likewise; left out: a part of the corpus
+    val_corpus: str | list[str] | dict[str, Any] = ""  # likewise; empty: a part of the corpus
     val_fraction: float = 0.05  # of the corpus's documents; 0: no validation
     text_key: str = "text"  # of a .jsonl line or .parquet column
     cache_dir: str = "cache"  # where tokenised corpora and trained tokenizers are kept

@@ -46,7 +46,7 @@ def prepare(config: configs.Config, registry: Registry, tokenizer: Tokenizer | N
     cache = open_cache(config.data.cache_dir)
     source = Source(config.data.corpus, "data.corpus", config, registry)
     val_source = None
-    if config.data.val_corpus is not None:
+    if config.data.val_corpus:
         val_source = Source(config.data.val_corpus, "data.val_corpus", config, registry)
     texts = [source.fingerprint(cache), val_source.fingerprint(cache) if val_source else ""]
     if tokenizer is None:

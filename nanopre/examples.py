@@ -53,7 +53,7 @@ def prepare(config: configs.Config, registry: Registry, tokenizer: Tokenizer | N
     objective, cache = config.objective, open_cache(config.data.cache_dir)
     columns = objective.columns()
     train = read(Source(config.data.corpus, "data.corpus", config, registry), columns)
-    if config.data.val_corpus is not None:
+    if config.data.val_corpus:
         val = read(Source(config.data.val_corpus, "data.val_corpus", config, registry), columns)
     else:
         train, val = split(train, config.data.val_fraction)

@@ -96,6 +96,8 @@ def test_a_validation_corpus_of_its_own(tmp_path):
     corpus = prepare(tmp_path, f"{tmp_path}/a.jsonl", data={"val_corpus": f"{tmp_path}/b.jsonl"})
     assert documents(corpus.train, corpus.tokenizer) == TEXTS[:30]
     assert documents(corpus.val, corpus.tokenizer) == TEXTS[30:]
+    without = prepare(tmp_path, f"{tmp_path}/a.jsonl", data={"val_corpus": "", "val_fraction": 0.0})  # as a flag clears it
+    assert documents(without.train, without.tokenizer) == TEXTS[:30]
 
 
 @settings(max_examples=50, deadline=None)
