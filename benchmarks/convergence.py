@@ -27,7 +27,7 @@ from nanopre import config as configs, corpus as corpora  # noqa: E402
 # (row, config, overrides, metric of the validation split, what it must be below or above, margin to it)
 ROWS = [
     ("MLM, 400 steps", "mlm-books", ["--train.steps=400"], "mlm_loss", "unigram", -0.9),
-    ("NSP accuracy, 400 steps", "mlm-books", ["--train.steps=400"], "nsp_accuracy", "above", 0.80),
+    ("NSP accuracy, 400 steps", "nsp-books", ["--train.steps=400"], "nsp_accuracy", "above", 0.80),
     ("causal LM, 300 steps", "clm-books", ["--train.steps=300"], "loss", "unigram", -1.4),
     ("causal LM, 800 steps", "clm-books", ["--train.steps=800"], "loss", "bigram", 0.0),
     ("prefix LM, 300 steps", "prefix-lm-books", ["--train.steps=300"], "loss", "unigram", -1.0),
@@ -48,7 +48,7 @@ def baselines(train: str, val: str, cache: str) -> dict[str, float]:
     config, registry = configs.load(ROOT / "configs" / "clm-books.toml", overrides)
     corpus = corpora.prepare(config, registry)
     V, tokens, held_out = corpus.tokenizer.n_vocab, corpus.train.tokens.astype(np.int64), corpus.val.tokens.astype(np.int64)
-    unigram = (np.bincount(tokens, minlength=V) + 1) / (len(tokens) + V)
+    unigram = unigram_of(corpus)
     pairs = np.bincount(tokens[:-1] * V + tokens[1:], minlength=V * V).reshape(V, V)
     a, b = held_out[:-1], held_out[1:]
     smoothed = [
@@ -57,17 +57,24 @@ def baselines(train: str, val: str, cache: str) -> dict[str, float]:
     return {
         "unigram": float(-np.log(unigram[held_out]).mean()),
         "bigram": float(min(smoothed)),
-        "nsp_by_counts": nsp_by_counts(overrides, unigram),
+        "nsp_by_counts": nsp_by_counts(overrides),
     }
 
 
-def nsp_by_counts(overrides: list[str], unigram: np.ndarray) -> float:
+def unigram_of(corpus: corpora.Corpus) -> np.ndarray:
+    """Each token's share of the training text, as if every one had been seen once more."""
+    V = corpus.tokenizer.n_vocab
+    return (np.bincount(corpus.train.tokens, minlength=V) + 1) / (corpus.train.n_tokens + V)
+
+
+def nsp_by_counts(overrides: list[str]) -> float:
     """NSP accuracy on validation pairs by the tokens that A and B share: B continues A if its tokens' mean log-likelihood
     under A's counts, smoothed by the unigram, is above the unigram's by enough. Smoothing and threshold are those that suit
     the training pairs best."""
     overrides = [*overrides, "--objective.mask_fraction=0", "--objective.short_fraction=0"]
-    config, registry = configs.load(ROOT / "configs" / "mlm-books.toml", overrides)
+    config, registry = configs.load(ROOT / "configs" / "nsp-books.toml", overrides)
     corpus, objective, seq_len = corpora.prepare(config, registry), config.objective, config.train.seq_len
+    unigram = unigram_of(corpus)
 
     def pairs(split) -> tuple[np.ndarray, np.ndarray]:
         """(gain of each of the first 4,000 pairs for each weight, is_random)"""
