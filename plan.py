@@ -29,7 +29,7 @@ from nanopre import (
     parallel,
     timetable,
 )
-from nanopre.command_line import Parser, check_overrides, refuse
+from nanopre.command_line import Parser, check_overrides, refuse, run
 from nanopre.distributed import World
 from nanopre.planning import budget, layouts, memory, preview, proposal, recipe, report, scaling, shape, sweep, trial, upscale
 from nanopre.planning.laws import PUBLISHED
@@ -557,11 +557,4 @@ def run_schedule(a: argparse.Namespace) -> tuple[dict, str]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"plan.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, BrokenPipeError):
-        sys.stderr.close()  # `plan.py layout ... | head`: Python would tell of the closed pipe once more as it ends
-        sys.exit(130)
+    run("plan.py", main)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 
 from nanopre import UserError, checkpoint, machine
-from nanopre.command_line import Parser, refuse
+from nanopre.command_line import Parser, refuse, run
 from nanopre.generate import fill_masks, fill_sentinels, generate
 
 
@@ -123,11 +123,4 @@ def probability(text: str) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, BrokenPipeError):
-        sys.stderr.close()
-        sys.exit(130)
+    run("sample.py", main)

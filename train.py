@@ -148,7 +148,10 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
             start_step, best_val_loss, progress = info["step"], info["best_val_loss"] or math.inf, info["progress"]
             same_tokenizer = checkpoint.read_tokenizer(run_dir).fingerprint == tokenizer.fingerprint
             if info["corpus"] != corpus.fingerprint or not same_tokenizer:
-                raise UserError(f"{run_dir}: the corpus or tokenizer changed since the run began, so it can't go on.")
+                raise UserError(
+                    f"{run_dir}: the corpus or tokenizer changed since the run began, so it can't go on; set data.corpus and "
+                    f"data.val_corpus as they were, or start a new run from the weights with --init_from={run_dir}."
+                )
             if start_step >= c.steps:
                 raise UserError(f"{run_dir}: all {c.steps} steps are done; go on with --train.steps={2 * start_step}.")
             if is_first:

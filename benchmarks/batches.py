@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from nanopre.command_line import Parser, run  # noqa: E402
 from nanopre.config import build_plugin  # noqa: E402
 from nanopre.data import Split  # noqa: E402
 from nanopre.machine import keep_freed_memory  # noqa: E402
@@ -34,12 +34,12 @@ def make_split(n_tokens: int) -> Split:
     return Split(tokens, documents, sentences, n_tokens, tokenizer)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("objectives", nargs="*", default=["mlm_nsp"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512], help="seq_len of each measurement")
     parser.add_argument("--rows", type=int, default=256)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     keep_freed_memory()  # as train.py does: large arrays would pay for fresh pages each time
     split, registry = make_split(4_000_000), load_plugins([])
     for name in arguments.objectives:
@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("batches.py", main)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import platform
@@ -23,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nanopre import config as configs, corpus as corpora  # noqa: E402
+from nanopre.command_line import Parser, run  # noqa: E402
 
 # (row, config, overrides, metric of the validation split, what it must be below or above, margin to it)
 ROWS = [
@@ -110,14 +110,14 @@ def train(config: str, overrides: list[str], seed: int) -> dict[str, float]:
     return {"seconds": seconds, **{key[4:]: value for key, value in last.items() if key.startswith("val_")}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", required=True, help="text to train on, as data.corpus")
     parser.add_argument("--val", required=True, help="text to validate on, as data.val_corpus")
     parser.add_argument("--cache", default="cache", help="where the tokenised text is kept (default: cache)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="only the rows whose name has this in it")
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     rows = [row for row in ROWS if a.only in row[0]]
     if not rows:
         parser.error(f'--only: no row\'s name has "{a.only}" in it; there are: {"; ".join(row[0] for row in ROWS)}')
@@ -153,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("convergence.py", main)

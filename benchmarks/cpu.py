@@ -13,7 +13,6 @@ by the other's. Written to benchmarks/results/cpu-DATE.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -31,9 +30,10 @@ sys.path[:0] = [str(ROOT), str(PEERS)]
 
 import torch  # noqa: E402
 from nanogpt_worker import model_settings, prepare, train_flags  # noqa: E402
-from turns import about, alternate, ratio, save  # noqa: E402
+from turns import about, alternate, checkout, ratio, save  # noqa: E402
 
-from nanopre import UserError, config as configs, cost  # noqa: E402
+from nanopre import config as configs, cost  # noqa: E402
+from nanopre.command_line import Parser, run  # noqa: E402
 
 
 @dataclass
@@ -207,8 +207,8 @@ def quality(rows: dict[str, Row], threads: int, steps: int = 500, seeds: int = 3
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT; without it its rows show ours alone")
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--nanogpt", type=checkout, help="a checkout of karpathy/nanoGPT; without it its rows show ours alone")
     rows = ", ".join(FULL)
     parser.add_argument("--only", action="append", choices=FULL, metavar="ROW", help=f"a row, as often as you like: {rows}")
     parser.add_argument("--shapes", choices=("full", "tiny"), default="full", help="tiny: a test of the script itself")
@@ -216,20 +216,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--quality", action="store_true", help="validation losses of ours in place of times")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of the JSON file")
     a = parser.parse_args(argv)
-    if a.nanogpt and not (a.nanogpt / "train.py").exists():
-        raise UserError(f"--nanogpt: {a.nanogpt} is no checkout of karpathy/nanoGPT: it has no train.py.")
     shapes = FULL if a.shapes == "full" else TINY
     rows = {name: row for name, row in shapes.items() if not a.only or name in a.only}
     if a.quality:
         result, name = {**about(a.threads), "val_loss": quality(rows, a.threads)}, "cpu-quality"
     else:
-        result, name = measure(rows, a.nanogpt and a.nanogpt.resolve(), a.threads), "cpu"
-    print(f"written: {save(result, a.out, name)}")
+        result, name = measure(rows, a.nanogpt, a.threads), "cpu"
+    print(f"written: {save(result, a.out, name if a.shapes == 'full' else f'{name}-tiny')}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, RuntimeError) as error:
-        print(f"cpu.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run("cpu.py", main, RuntimeError)

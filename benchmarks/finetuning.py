@@ -9,7 +9,6 @@ at the peak learning rate that is the best for it.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import platform
@@ -26,10 +25,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.convergence import train  # noqa: E402
 from nanopre import checkpoint, config as configs, examples  # noqa: E402
+from nanopre.command_line import Parser, run  # noqa: E402
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--init", required=True, help="the run of a pre-trained encoder")
     parser.add_argument("--polarity", help="the folder of rt-polarity.pos and rt-polarity.neg")
     parser.add_argument("--sick-train", help="SICK_train.txt")
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3], help="peaks to try (default: 1e-3 3e-3)")
     parser.add_argument("--adapt-steps", type=int, default=1500, help="on the task's texts (default: 1500)")
     parser.add_argument("--seeds", type=int, default=3)
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
 
     tasks = {}
     if a.polarity:
@@ -92,4 +92,4 @@ def adapt(task: str, data: list[str], init: str, steps: int, folder: str) -> Pat
 
 
 if __name__ == "__main__":
-    main()
+    run("finetuning.py", main)

@@ -11,7 +11,6 @@ that of torch's allocator. Written to benchmarks/results/gpu-DATE.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -26,9 +25,10 @@ sys.path[:0] = [str(ROOT), str(PEERS)]
 
 import torch  # noqa: E402
 from nanogpt_worker import model_settings, prepare, train_flags  # noqa: E402
-from turns import about, alternate, ratio, save  # noqa: E402
+from turns import about, alternate, checkout, ratio, save  # noqa: E402
 
 from nanopre import UserError, config as configs, cost  # noqa: E402
+from nanopre.command_line import Parser, run  # noqa: E402
 
 
 @dataclass
@@ -110,16 +110,14 @@ def flops_of_step(row: Row, device: str) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT; without it ours alone is measured")
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--nanogpt", type=checkout, help="a checkout of karpathy/nanoGPT; without it ours alone is measured")
     rows = ", ".join(FULL)
     parser.add_argument("--only", action="append", choices=FULL, metavar="ROW", help=f"a row, as often as you like: {rows}")
     parser.add_argument("--shapes", choices=("full", "tiny"), default="full", help="tiny: a test of the script itself")
     parser.add_argument("--device", default="cuda", help="of all programs (default: cuda)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of the JSON file")
     a = parser.parse_args(argv)
-    if a.nanogpt and not (a.nanogpt / "train.py").exists():
-        raise UserError(f"--nanogpt: {a.nanogpt} is no checkout of karpathy/nanoGPT: it has no train.py.")
     if a.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda: no GPU here; --shapes tiny --device cpu tests the script.")
     threads, compiled, shapes = torch.get_num_threads(), a.device == "cuda", FULL if a.shapes == "full" else TINY
@@ -131,9 +129,8 @@ def main(argv: list[str]) -> None:
     for key, row in shapes.items():
         if a.only and key not in a.only:
             continue
-        nanogpt = a.nanogpt and a.nanogpt.resolve()
         with tempfile.TemporaryDirectory() as folder:
-            started = commands(key, row, nanogpt, a.device, compiled, Path(folder))
+            started = commands(key, row, a.nanogpt, a.device, compiled, Path(folder))
             programs = alternate(started, row.steps, 3, Path(folder), threads)
         for program, found in programs.items():
             step = median(found["seconds"])
@@ -144,12 +141,8 @@ def main(argv: list[str]) -> None:
             print(f"{row.title:34} {program:13} {found['tokens_per_second']:>10,.0f} {mfu:>6} {found['memory'] / 1e9:>8.2f} "
                   f"{found['startup']:>8.1f}  {found['time_by_ours']:.2f}", flush=True)  # fmt: skip
         result["rows"][key] = {"title": row.title, "programs": programs}
-    print(f"written: {save(result, a.out, 'gpu')}")
+    print(f"written: {save(result, a.out, 'gpu' if a.shapes == 'full' else 'gpu-tiny')}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, RuntimeError) as error:
-        print(f"gpu.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run("gpu.py", main, RuntimeError)

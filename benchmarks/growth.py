@@ -9,13 +9,14 @@ benchmarks/results/growth-DATE.json and .png; needs matplotlib (`pip install -e 
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from statistics import median
 
 from cpu import ROOT, Row, commands
-from turns import about, alternate, save
+from turns import about, alternate, checkout, save
+
+from nanopre.command_line import Parser, run
 
 LENGTHS = {t: Row(f"{t} tokens", 256, 4, 4, 384, t, 4096 // t, 1, (0, 0)) for t in (64, 256, 1024, 4096)}
 WIDTHS = {d: Row(f"{d} wide", d, 4, d // 64, 384, 256, 4, 1, (0, 0)) for d in (128, 256, 512, 1024)}
@@ -54,22 +55,22 @@ def draw(result: dict, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT; without it ours alone is drawn")
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--nanogpt", type=checkout, help="a checkout of karpathy/nanoGPT; without it ours alone is drawn")
     parser.add_argument("--turns", type=int, default=3, help="of a step each (default: 3)")
     parser.add_argument("--threads", type=int, default=2, help="of each program (default: 2)")
     parser.add_argument("--shapes", choices=("full", "tiny"), default="full", help="tiny: a test of the script itself")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of the files")
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     tables = {"length": LENGTHS, "width": WIDTHS} if a.shapes == "full" else {"length": TINY, "width": TINY}
     result = about(a.threads)
     for by, rows in tables.items():
-        result[by] = measure(rows, a.nanogpt and a.nanogpt.resolve(), a.turns, a.threads)
-    file = save(result, a.out, "growth")
+        result[by] = measure(rows, a.nanogpt, a.turns, a.threads)
+    file = save(result, a.out, "growth" if a.shapes == "full" else "growth-tiny")
     draw(result, file.with_suffix(".png"))
     print(f"written: {file} and .png")
 
 
 if __name__ == "__main__":
-    main()
+    run("growth.py", main)

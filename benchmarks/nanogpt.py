@@ -10,7 +10,6 @@ benchmarks/cpu.py's.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import pickle
@@ -23,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from turns import about
+from turns import about, checkout
+
+from nanopre.command_line import Parser, run
 
 ROOT = Path(__file__).parents[1]
 # The command of nanoGPT's README for a CPU ("I only have a macbook"), without its weights-only shortcuts.
@@ -33,11 +34,11 @@ NANOGPT = (
 ).split()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nanogpt", type=checkout, required=True, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare's input.txt")
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
 
     work = Path(tempfile.mkdtemp(prefix="nanopre-benchmark-"))
     peer = work / "nanoGPT"
@@ -118,4 +119,4 @@ def write(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("nanogpt.py", main)

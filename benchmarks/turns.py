@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -139,6 +140,13 @@ def about(threads: int) -> dict:
         "load_at_start": os.getloadavg()[0],
         "versions": versions,
     }
+
+
+def checkout(text: str) -> Path:
+    """An argparse type: the folder of a checkout of nanoGPT."""
+    if not (Path(text) / "train.py").exists():
+        raise argparse.ArgumentTypeError(f"{text} is no checkout of karpathy/nanoGPT: it has no train.py")
+    return Path(text).resolve()
 
 
 def save(result: dict, folder: Path, name: str) -> Path:

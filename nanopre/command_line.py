@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 from nanopre import UserError
 from nanopre.config import Config, whole_key
@@ -26,6 +27,19 @@ class Parser(argparse.ArgumentParser):
     @property
     def options(self) -> list[str]:
         return list(self._option_string_actions)
+
+
+def run(script: str, main: Callable[[list[str]], None], *expected: type[Exception]) -> None:
+    """Call a script's `main` with the command line. What the user can mend, UserError and the `expected`, ends it with one
+    sentence and status 2; Ctrl-C and a closed pipe with 130."""
+    try:
+        main(sys.argv[1:])
+    except (UserError, *expected) as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.stderr.close()  # `plan.py layout ... | head`: Python would tell of the closed pipe once more as it ends
+        sys.exit(130)
 
 
 def refuse(words: Sequence[str], options: Sequence[str]) -> None:

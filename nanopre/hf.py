@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from nanopre import UserError, checkpoint, config as configs, distributed
-from nanopre.command_line import Parser, refuse
+from nanopre.command_line import Parser, refuse, run
 from nanopre.hf_families import (
     BERT,
     BERT_BY_HEAD,
@@ -403,8 +403,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"nanopre.hf: {error}", file=sys.stderr)
-        sys.exit(2)
+    run("nanopre.hf", main)

@@ -151,6 +151,9 @@ def check_batch(config: Config, layout: Layout) -> None:
         factors += [f"parallel.pipeline.microbatches = {pieces}"] if pieces > 1 else []
         factors += [f"micro_batch_size = {micro}"] if micro else []
         choices = " or ".join(map(str, nearby))
+        share, rest = divmod(batch, layout.data_size * pieces)
+        if micro > share > 0 == rest:
+            choices += f", or lower micro_batch_size to {share}"
         raise UserError(f"train.batch_size = {batch} is not divisible by {' x '.join(factors)}; take {choices}.")
 
 

@@ -83,11 +83,13 @@ def test_whole_tables_at_tiny_shapes(script, tmp_path):
         assert "ours" in found["programs"] and (len(found["programs"]) == 1) == (row in alone)
 
 
-@pytest.mark.parametrize("script", ["cpu.py", "gpu.py"])
+@pytest.mark.parametrize("script", ["cpu.py", "gpu.py", "growth.py", "nanogpt.py"])
 def test_a_folder_that_is_no_checkout_is_refused(script, tmp_path):
     result = run_script(ROOT / "benchmarks" / script, "--nanogpt", tmp_path)
     assert result.returncode == 2
-    assert result.stderr == f"{script}: --nanogpt: {tmp_path} is no checkout of karpathy/nanoGPT: it has no train.py.\n"
+    assert result.stderr == (
+        f"{script}: argument --nanogpt: {tmp_path} is no checkout of karpathy/nanoGPT: it has no train.py; see --help.\n"
+    )
 
 
 def test_nanogpt_is_tuned_where_it_can_be_and_a_changed_one_is_refused(tmp_path):

@@ -169,7 +169,9 @@ def test_what_is_proposed_for_a_batch_is_right(batch, micro, ranks):
         plan(ranks, train={"batch_size": batch, "micro_batch_size": micro})
         assert batch % unit == 0
     except UserError as error:
-        proposed = [int(n) for n in str(error).split("take ")[1].rstrip(".").split(" or ")]
+        sizes, _, lower = str(error).split("take ")[1].rstrip(".").partition(", or lower micro_batch_size to ")
+        proposed = [int(n) for n in sizes.split(" or ")]
+        assert (int(lower) < micro and int(lower) * ranks == batch) if lower else (micro * ranks < batch or batch % ranks)
         assert batch % unit and all(n % unit == 0 and 0 < n and abs(n - batch) < unit for n in proposed)
 
 

@@ -156,8 +156,8 @@ class Windows:
         if (self.sizes > 0).sum() < 2:
             raise UserError(
                 f"objective.nsp = true needs two documents or more with text in them, for pairs that do not belong together; "
-                f"the training or the validation split has {(self.sizes > 0).sum()}: raise data.val_fraction if it is the "
-                "latter, or set objective.nsp = false."
+                f"a split of {split.n_tokens} tokens has {(self.sizes > 0).sum()}: give more (for training in data.corpus, for "
+                "validation in data.val_corpus or by a larger data.val_fraction), or set objective.nsp = false."
             )
         self.ends = np.cumsum(-(-self.sizes // length))  # of each document's windows, in all windows
         self.n = int(self.ends[-1])
