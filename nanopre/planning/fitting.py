@@ -95,11 +95,13 @@ def fit_additive(runs: Runs, start: Additive | None = None) -> tuple[Additive, f
         starts = starts[np.argsort(huber(model(starts)[0] - np.log(runs.loss)))[:32]]
     theta, objective = fit_log_loss(model, np.log(runs.loss), starts)
     a, b, e, alpha, beta = theta
-    need_determined("the additive law", alpha=alpha, beta=beta)
-    shares = model(theta[None])[1][0, :, :2].max(axis=0)  # of the loss, the most that each term makes up
-    if shares.min() < 1e-4:
-        unused = "sizes" if shares[0] < shares[1] else "tokens"
+    # What each term changes the loss by, as a share of it: one that changes nothing has any exponent.
+    shares = model(theta[None])[1][0, :, :2].max(axis=0)
+    changes = shares * np.abs([alpha * np.ptp(n), beta * np.ptp(d)])
+    if changes.min() < 1e-4:
+        unused = "sizes" if changes[0] < changes[1] else "tokens"
         raise UserError(f"the additive law is not determined by these runs: their loss does not depend on their {unused}.")
+    need_determined("the additive law", alpha=alpha, beta=beta)
     law = Additive(np.exp(a + alpha * centre_n), np.exp(b + beta * centre_d), np.exp(e), alpha, beta)
     return Additive(**{name: float(value) for name, value in vars(law).items()}), objective
 
