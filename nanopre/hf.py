@@ -115,12 +115,19 @@ def family_for(config: ModelConfig, where: str) -> Family:
     usual |= {"n_kv_heads": config.n_heads, "dropout": config.dropout}
     if config.head_dim * config.n_heads == config.d_model:
         usual["d_head"] = config.d_head  # the usual width, in so many words
+    differences = []
     for family in (*FAMILIES.values(), T5_GATED):
         wanted = usual | family.settings | ({"scale_logits": config.tie_embeddings} if family.kind == "t5" else {})
-        fits = all(getattr(config, name) == value for name, value in wanted.items() if name not in family.options)
-        if fits and all(getattr(config, option) in table.values() for option, table in family.values.items()):
+        choices = {name: [value] for name, value in wanted.items() if name not in family.options}
+        choices |= {option: list(table.values()) for option, table in family.values.items()}
+        differing = {name: values for name, values in choices.items() if getattr(config, name) not in values}
+        if not differing:
             return family
-    raise UserError(f"{where}: no model of transformers has this combination of positions, norm, MLP and biases.")
+        differences.append((family.kind, differing))
+    kind, differing = min(differences, key=lambda pair: len(pair[1]))
+    has = [f"{name} = {' or '.join(map(str, v))}, not {getattr(config, name)}" for name, v in differing.items()]
+    sentence = f"no model of transformers computes what this one does; the nearest, {kind}, has {', '.join(has)}."
+    raise UserError(f"{where}: {sentence}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
