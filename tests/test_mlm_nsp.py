@@ -442,6 +442,16 @@ def test_the_loss_is_the_mean_over_targets_plus_the_mean_over_pairs(model, nsp, 
     assert sums.keys() == counts.keys()
 
 
+def test_without_a_second_sentence_nothing_is_reported_of_pairs(model):
+    o, split = objective(), text_split()
+    split.sentences = split.documents
+    arrays = o.batch(split, np.arange(8), 32, 3)
+    sums = model(**{key: torch.from_numpy(array) for key, array in arrays.items()}, loss=o.loss)
+    counts = o.counts(arrays, split.tokenizer)
+    assert counts["nsp"] == 0
+    assert set(o.report({key: value.item() for key, value in sums.items()}, counts)) == {"loss", "mlm_loss", "mlm_accuracy"}
+
+
 def test_rows_without_targets_have_no_loss_and_no_gradient(model):
     o, split = objective(), text_split()
     n = o.rows_per_epoch(split, 32)

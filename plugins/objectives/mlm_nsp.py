@@ -134,11 +134,13 @@ class MaskedLM:
         return sums
 
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-        """The mean loss over masked tokens and the mean over pairs, in nats, their sum, and how many were right."""
+        """The mean loss over masked tokens and the mean over pairs, in nats, their sum, and how many were right; nothing of a
+        task that has no targets, as where no document has a second sentence."""
         mean = {name: total / max(1, counts[name]) for name, total in sums.items()}
         metrics = {"loss": mean["mlm"] + mean.get("nsp", 0.0)}
-        for task in ("mlm", "nsp") if self.nsp else ("mlm",):
-            metrics |= {f"{task}_loss": mean[task], f"{task}_accuracy": mean[f"{task}_correct"]}
+        for task in ("mlm", "nsp"):
+            if counts.get(task):
+                metrics |= {f"{task}_loss": mean[task], f"{task}_accuracy": mean[f"{task}_correct"]}
         return metrics
 
 
