@@ -222,7 +222,7 @@ def main(argv: list[str]) -> None:
         result, name = {**about(a.threads), "val_loss": quality(rows, a.threads)}, "cpu-quality"
     else:
         result, name = measure(rows, a.nanogpt, a.threads), "cpu"
-    print(f"written: {save(result, a.out, name if a.shapes == 'full' else f'{name}-tiny')}")
+    print(f"written: {save(result, a.out, name, a.shapes)}")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
             print(f"{row.title:34} {program:13} {found['tokens_per_second']:>10,.0f} {mfu:>6} {found['memory'] / 1e9:>8.2f} "
                   f"{found['startup']:>8.1f}  {found['time_by_ours']:.2f}", flush=True)  # fmt: skip
         result["rows"][key] = {"title": row.title, "programs": programs}
-    print(f"written: {save(result, a.out, 'gpu' if a.shapes == 'full' else 'gpu-tiny')}")
+    print(f"written: {save(result, a.out, 'gpu', a.shapes)}")
 
 
 if __name__ == "__main__":

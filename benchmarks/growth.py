@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     result = about(a.threads)
     for by, rows in tables.items():
         result[by] = measure(rows, a.nanogpt, a.turns, a.threads)
-    file = save(result, a.out, "growth" if a.shapes == "full" else "growth-tiny")
+    file = save(result, a.out, "growth", a.shapes)
     draw(result, file.with_suffix(".png"))
     print(f"written: {file} and .png")
 

@@ -149,8 +149,10 @@ def checkout(text: str) -> Path:
     return Path(text).resolve()
 
 
-def save(result: dict, folder: Path, name: str) -> Path:
-    """Write a benchmark's result, which has what `about` says, to NAME-DATE.json in the folder, made if need be."""
+def save(result: dict, folder: Path, name: str, shapes: str) -> Path:
+    """Write a benchmark's result, which has what `about` says, to NAME-DATE.json in the folder, made if need be; of
+    tiny shapes to NAME-tiny-DATE.json, so that a test of a script is no table."""
+    name += "" if shapes == "full" else f"-{shapes}"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}-{result['date']}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
