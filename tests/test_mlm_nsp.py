@@ -38,7 +38,7 @@ def unique_split(documents: list[list[int]]) -> Split:
     """Documents of sentences of so many tokens; id = position in the split, and <|endoftext|> after each document."""
     sizes = [sum(sentences) + 1 for sentences in documents]
     starts = np.cumsum([0, *sizes])
-    sentences = {int(start + sum(d[:i])) for start, d in zip(starts, documents, strict=False) for i in range(max(1, len(d)))}
+    sentences = {int(start + sum(d[:i])) for start, d in zip(starts, documents, strict=False) for i in range(len(d))}
     tokens = np.arange(starts[-1])
     tokens[starts[1:] - 1] = starts[-1]
     return Split(tokens.astype(np.uint32), starts, np.array([*sorted(sentences), starts[-1]]), 0, UniqueIds(int(starts[-1])))
@@ -87,7 +87,7 @@ def is_run(part: list[int]) -> bool:
 
 
 documents_strategy = st.lists(st.lists(st.integers(1, 30), min_size=0, max_size=6), min_size=2, max_size=8).filter(
-    lambda documents: sum(map(bool, documents)) >= 2
+    lambda documents: sum(map(bool, documents)) >= 2 and max(map(len, documents)) >= 2
 )
 
 
@@ -311,9 +311,17 @@ def test_one_document_gives_no_pairs(documents):
     assert objective(nsp=False).batch(split, np.arange(2), 16, 1)["tokens"].shape == (2, 16)
 
 
+def test_documents_of_one_sentence_give_no_pairs():
+    split = unique_split([[9], [], [12], [5]])
+    with pytest.raises(UserError, match=r"two sentences or more.*no document has a second.*objective\.nsp = false"):
+        objective().rows_per_epoch(split, 16)
+    assert objective(nsp=False).batch(split, np.arange(2), 16, 1)["tokens"].shape == (2, 16)
+    assert objective().rows_per_epoch(unique_split([[9], [], [12], [5, 1]]), 16) == 3
+
+
 @pytest.mark.parametrize(("nsp", "least"), [(True, 5), (False, 3)])
 def test_a_row_has_room_for_its_special_tokens(nsp, least):
-    split, o = unique_split([[9], [9]]), objective(nsp=nsp)
+    split, o = unique_split([[9], [8, 1]]), objective(nsp=nsp)
     assert o.batch(split, np.arange(2), least, 1)["tokens"].shape == (2, least)
     with pytest.raises(UserError, match=f"take {least} or more"):
         o.batch(split, np.arange(2), least - 1, 1)
@@ -444,8 +452,8 @@ def test_the_loss_is_the_mean_over_targets_plus_the_mean_over_pairs(model, nsp, 
 
 def test_without_a_second_sentence_nothing_is_reported_of_pairs(model):
     o, split = objective(), text_split()
-    split.sentences = split.documents
-    arrays = o.batch(split, np.arange(8), 32, 3)
+    split.sentences = np.union1d(split.documents, [899])
+    arrays = o.batch(split, np.arange(8), 32, None)  # none of which has the last sentence
     sums = model(**{key: torch.from_numpy(array) for key, array in arrays.items()}, loss=o.loss)
     counts = o.counts(arrays, split.tokenizer)
     assert counts["nsp"] == 0

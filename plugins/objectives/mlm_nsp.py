@@ -135,7 +135,7 @@ class MaskedLM:
 
     def report(self, sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
         """The mean loss over masked tokens and the mean over pairs, in nats, their sum, and how many were right; nothing of a
-        task that has no targets, as where no document has a second sentence."""
+        task that has no targets, as where no window has a second sentence."""
         mean = {name: total / max(1, counts[name]) for name, total in sums.items()}
         metrics = {"loss": mean["mlm"] + mean.get("nsp", 0.0)}
         for task in ("mlm", "nsp"):
@@ -159,6 +159,12 @@ class Windows:
             raise UserError(
                 f"objective.nsp = true needs two documents or more with text in them, for pairs that do not belong together; "
                 f"a split of {split.n_tokens} tokens has {(self.sizes > 0).sum()}: give more (for training in data.corpus, for "
+                "validation in data.val_corpus or by a larger data.val_fraction), or set objective.nsp = false."
+            )
+        if len(self.sentences) - 1 <= (self.sizes > 0).sum():
+            raise UserError(
+                "objective.nsp = true needs documents of two sentences or more, for a B that continues A; in a split of "
+                f"{split.n_tokens} tokens no document has a second one: give longer ones (for training in data.corpus, for "
                 "validation in data.val_corpus or by a larger data.val_fraction), or set objective.nsp = false."
             )
         self.ends = np.cumsum(-(-self.sizes // length))  # of each document's windows, in all windows
