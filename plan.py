@@ -29,7 +29,7 @@ from nanopre import (
     parallel,
     timetable,
 )
-from nanopre.command_line import Parser, check_overrides, refuse, run
+from nanopre.command_line import Parser, at_least, positive, run
 from nanopre.distributed import World
 from nanopre.planning import budget, layouts, memory, preview, proposal, recipe, report, scaling, shape, sweep, trial, upscale
 from nanopre.planning.laws import PUBLISHED
@@ -40,62 +40,33 @@ HERE = Path(__file__).parent
 
 
 def command_line() -> Parser:
-    parser = Parser(prog="plan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="plan.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     of_runs, of_configs = (add_fit, add_compare, add_budget), (add_memory, add_layout, add_schedule)
     for add in (*of_runs, *of_configs, add_sweep, add_lr, add_batch, add_upscale):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-        command.set_defaults(options=command.options)
     return parser
 
 
 def main(argv: list[str]) -> None:
-    a, rest = command_line().parse_known_args(argv)
-    if hasattr(a, "overrides"):
-        check_overrides(rest, argv, a.options)
-    else:
-        refuse(rest, a.options)
-    a.overrides = rest
+    a, a.overrides = command_line().parse_known_args(argv)
     with redirect_stdout(sys.stderr):  # what is said on the way
         result, text = a.run(a)
     print(json.dumps(result, indent=1) if a.json else text)
 
 
-def positive(text: str) -> float:
-    """A type of argparse: a finite number above zero."""
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and finite")
-    return value
-
-
-positive.__name__ = "number"  # argparse: "invalid number value: 'x'"
-
-
-def at_least(least: float):
-    """A type of argparse: a finite number from `least` on, whole if that is."""
-    kind = type(least)
-
-    def parse(text: str):
-        if not least <= (value := kind(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least}{'' if kind is int else ' and finite'}")
-        return value
-
-    parse.__name__ = "number" if kind is float else "whole number"
-    return parse
-
-
 def add_config(command: argparse.ArgumentParser) -> None:
     """What all commands of a config take."""
     command.add_argument("config", help="a TOML file as train.py takes it; --section.key=value sets a key of it")
-    command.set_defaults(overrides=[])
+    command.sets_keys = True
 
 
 # fit and compare: laws of measured runs.
 
 
 def add_fit(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("fit", help="fit a scaling law to measured runs", allow_abbrev=False)
+    command = commands.add_parser("fit", help="fit a scaling law to measured runs")
     command.add_argument("--analyzer", default="parametric", help="which law (default: parametric)")
     command.add_argument("--flops", type=positive, help="also say how the law would spend this budget")
     command.add_argument("--out", metavar="FILE", help="write the law, for plan.py budget --law FILE")
@@ -105,7 +76,7 @@ def add_fit(commands) -> argparse.ArgumentParser:
 
 
 def add_compare(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("compare", help="fit every law to the same runs, side by side", allow_abbrev=False)
+    command = commands.add_parser("compare", help="fit every law to the same runs, side by side")
     command.add_argument("--flops", type=positive, help="the budget to compare at (default: 10 times the largest run's)")
     add_runs(command, bootstrap=100)
     command.set_defaults(run=run_compare)
@@ -234,7 +205,6 @@ def add_budget(commands) -> argparse.ArgumentParser:
         "budget",
         help="from a compute budget to a config that runs",
         description="Say the budget as --flops, as --params, as --gpu-hours, or as --gpus and --hours.",
-        allow_abbrev=False,
     )
     command.add_argument("--flops", type=positive, help="FLOP of training, as 5.76e23")
     command.add_argument("--params", type=positive, help="the budget for which so many parameters are best, as 7e9")
@@ -323,7 +293,7 @@ def spend(a: argparse.Namespace, fit: scaling.Fit) -> tuple[float, str, proposal
 
 
 def add_sweep(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("sweep", help="small runs within a budget: designed, run, fitted", allow_abbrev=False)
+    command = commands.add_parser("sweep", help="small runs within a budget: designed, run, fitted")
     add_config(command)
     command.add_argument("--budget", type=positive, required=True, help="FLOPs (6 N D) of all the runs together")
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the sweep lives")
@@ -374,7 +344,7 @@ def run_sweep(a: argparse.Namespace) -> tuple[dict, str]:
 
 
 def add_lr(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("lr", help="which learning rate a training bears: a range test", allow_abbrev=False)
+    command = commands.add_parser("lr", help="which learning rate a training bears: a range test")
     add_config(command)
     command.add_argument("--low", type=positive, default=1e-5, help="the first rate (default: 1e-5)")
     command.add_argument("--high", type=positive, default=1.0, help="the last rate (default: 1)")
@@ -395,7 +365,7 @@ def run_lr(a: argparse.Namespace) -> tuple[dict, str]:
 
 
 def add_batch(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("batch", help="the largest and the fastest micro-batch on this machine", allow_abbrev=False)
+    command = commands.add_parser("batch", help="the largest and the fastest micro-batch on this machine")
     add_config(command)
     command.add_argument("--up-to", type=at_least(1), help="rows (default: train.batch_size)")
     command.add_argument("--steps", type=at_least(1), default=3, help="that are timed, after a first one (default: 3)")
@@ -418,7 +388,7 @@ def run_batch(a: argparse.Namespace) -> tuple[dict, str]:
 
 
 def add_upscale(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("upscale", help="from the best of many small runs to the big one, by muP", allow_abbrev=False)
+    command = commands.add_parser("upscale", help="from the best of many small runs to the big one, by muP")
     command.add_argument("runs", nargs="+", type=Path, help="folders of runs, or folders that hold such")
     command.add_argument("--params", type=positive, required=True, help="of the big model, embeddings included")
     command.add_argument("--tokens", type=positive, required=True, help="that it is trained on")
@@ -466,7 +436,7 @@ def read_config(a: argparse.Namespace) -> tuple:
 
 
 def add_memory(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("memory", help="what each GPU holds in a step, item by item", allow_abbrev=False)
+    command = commands.add_parser("memory", help="what each GPU holds in a step, item by item")
     add_gpus(command)
     command.add_argument(
         "--state-bits", type=at_least(1), metavar="BITS", help="of each of two moments, in place of the optimizer's own"
@@ -496,7 +466,7 @@ def run_memory(a: argparse.Namespace) -> tuple[dict, str]:
 
 
 def add_layout(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("layout", help="which layout of the GPUs takes the least time a step", allow_abbrev=False)
+    command = commands.add_parser("layout", help="which layout of the GPUs takes the least time a step")
     add_gpus(command)
     how = command.add_mutually_exclusive_group()
     how.add_argument(
@@ -529,7 +499,7 @@ def calibrated(run: Path, accelerator: accelerators.Accelerator) -> float:
 
 
 def add_schedule(commands) -> argparse.ArgumentParser:
-    command = commands.add_parser("schedule", help="draw a pipeline's timetable", allow_abbrev=False)
+    command = commands.add_parser("schedule", help="draw a pipeline's timetable")
     command.add_argument("--stages", type=at_least(1), default=4, help="ranks of the pipeline (default: 4)")
     command.add_argument("--microbatches", type=at_least(1), default=8, help="default: 8")
     command.add_argument("--schedule", default="1f1b", help=f"{', '.join(timetable.SCHEDULES)} (default: 1f1b)")

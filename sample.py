@@ -18,24 +18,23 @@ from collections.abc import Iterator
 import torch
 
 from nanopre import UserError, checkpoint, machine
-from nanopre.command_line import Parser, refuse, run
+from nanopre.command_line import Parser, at_least, run
 from nanopre.generate import fill_masks, fill_sentinels, generate
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description="Ask a trained model for what it is for.", allow_abbrev=False)
+    parser = Parser(description="Ask a trained model for what it is for.")
     parser.add_argument("run", help="a run's folder (its latest checkpoint) or one checkpoint's")
     parser.add_argument("--prompt", default="", help='the text; "-" reads it from stdin (default: a new document)')
-    parser.add_argument("--tokens", type=positive(int), default=200, help="most tokens to make (default: 200)")
-    parser.add_argument("--temperature", type=positive(float, zero=True), default=0.8, help="0: greedy (default: 0.8)")
-    parser.add_argument("--top-k", type=positive(int, zero=True), default=0, help="only the k likeliest (default: all)")
+    parser.add_argument("--tokens", type=at_least(1), default=200, help="most tokens to make (default: 200)")
+    parser.add_argument("--temperature", type=at_least(0.0), default=0.8, help="0: greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=at_least(0), default=0, help="only the k likeliest (default: all)")
     parser.add_argument("--top-p", type=probability, default=1.0, help="only the nucleus of this probability (default: 1)")
     parser.add_argument("--seed", type=seed, default=1, help="of the draws; sample i uses seed + i (default: 1)")
-    parser.add_argument("--num-samples", type=positive(int), default=1, help="how many, one after the other (default: 1)")
+    parser.add_argument("--num-samples", type=at_least(1), default=1, help="how many, one after the other (default: 1)")
     parser.add_argument("--json", action="store_true", help="print each result as a line of JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    a, rest = parser.parse_known_args(argv)
-    refuse(rest, parser.options)
+    a = parser.parse_args(argv)
 
     run = checkpoint.open_run(a.run)
     device = machine.choose_device(a.device, "--device")
@@ -93,19 +92,6 @@ def continue_text(model, tokenizer, prompt: str, options: dict) -> Iterator[str]
     for token in generate(model, start, **options, n_vocab=tokenizer.n_vocab, stop=tokenizer.eot):
         yield decoder.decode(tokenizer.token_bytes([token]))
     yield decoder.decode(b"", final=True)
-
-
-def positive(kind: type, zero: bool = False):
-    """An argparse type: a number above 0, or from 0 on."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not (value > 0 or zero and value == 0):
-            raise argparse.ArgumentTypeError(f"{text} is not {'0 or more' if zero else 'above 0'}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
 
 
 def seed(text: str) -> int:

@@ -34,8 +34,9 @@ from nanopre import (
     machine,
     optim,
     parallel,
+    saving,
 )
-from nanopre.command_line import Parser, check_overrides
+from nanopre.command_line import Parser
 from nanopre.examples import prepare as prepare_examples
 from nanopre.generate import EXAMPLES, generate
 from nanopre.hookspecs import Run
@@ -47,14 +48,13 @@ def main(argv: list[str]) -> None:
     parser = Parser(
         description="Pre-train a language model.",
         epilog="Any key of the config can be set as --section.key=value, in TOML's syntax or as a bare string.",
-        allow_abbrev=False,
+        sets_keys=True,
     )
     parser.add_argument("config", nargs="?", help="a TOML file (default: configs/default.toml)")
     parser.add_argument("--resume", metavar="RUN", help="a run's folder, or one checkpoint's, to go on from")
     parser.add_argument("--list-plugins", action="store_true", help="list every plugin with its options, and stop")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config, and stop")
     arguments, overrides = parser.parse_known_args(argv)
-    check_overrides(overrides, argv, parser.options)
 
     run_dir = resume_from = None
     inherit = checkpoint.read_config
@@ -155,12 +155,12 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
             if start_step >= c.steps:
                 raise UserError(f"{run_dir}: all {c.steps} steps are done; go on with --train.steps={2 * start_step}.")
             if is_first:
-                checkpoint.write_config(run_dir, config)  # so that what was changed now stays so the next time
+                saving.write_config(run_dir, config)  # so that what was changed now stays so the next time
         else:
-            name = world.agree("name", checkpoint.free_name(Path(config.out_dir), config.name) if is_first else "")
+            name = world.agree("name", saving.free_name(Path(config.out_dir), config.name) if is_first else "")
             run_dir = Path(config.out_dir) / name
             if is_first:
-                checkpoint.create_run(run_dir, config, tokenizer)
+                saving.create_run(run_dir, config, tokenizer)
         world.barrier()
         world.remember_run(run_dir)
 
@@ -221,7 +221,7 @@ def train(config: configs.Config, plugins, run_dir: Path | None = None, resume_f
             model=parts[0],
             objective=objective,
         )
-        saver = checkpoint.Saver(run_dir, config.checkpoint, partial(plugins.hook.nanopre_checkpoint_saved, run=run))
+        saver = saving.Saver(run_dir, config.checkpoint, partial(plugins.hook.nanopre_checkpoint_saved, run=run))
         if is_first:
             epochs = c.steps * c.batch_size / objective.rows_per_epoch(corpus.train, c.seq_len)
             print(f"{run_dir}: {n_parameters:,} parameters; {here.reason}; {layout}")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from nanopre.command_line import Parser, run  # noqa: E402
+from nanopre.command_line import Parser, at_least, run  # noqa: E402
 from nanopre.config import build_plugin  # noqa: E402
 from nanopre.data import Split  # noqa: E402
 from nanopre.machine import keep_freed_memory  # noqa: E402
@@ -37,8 +37,8 @@ def make_split(n_tokens: int) -> Split:
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("objectives", nargs="*", default=["mlm_nsp"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512], help="seq_len of each measurement")
-    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--lengths", nargs="+", type=at_least(1), default=[128, 512], help="seq_len of each measurement")
+    parser.add_argument("--rows", type=at_least(1), default=256)
     arguments = parser.parse_args(argv)
     keep_freed_memory()  # as train.py does: large arrays would pay for fresh pages each time
     split, registry = make_split(4_000_000), load_plugins([])

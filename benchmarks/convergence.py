@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nanopre import config as configs, corpus as corpora  # noqa: E402
-from nanopre.command_line import Parser, run  # noqa: E402
+from nanopre.command_line import Parser, at_least, run  # noqa: E402
 
 # (row, config, overrides, metric of the validation split, what it must be below or above, margin to it)
 ROWS = [
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--train", required=True, help="text to train on, as data.corpus")
     parser.add_argument("--val", required=True, help="text to validate on, as data.val_corpus")
     parser.add_argument("--cache", default="cache", help="where the tokenised text is kept (default: cache)")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("--only", default="", help="only the rows whose name has this in it")
     a = parser.parse_args(argv)
     rows = [row for row in ROWS if a.only in row[0]]

@@ -33,7 +33,7 @@ from nanogpt_worker import model_settings, prepare, train_flags  # noqa: E402
 from turns import about, alternate, checkout, ratio, save  # noqa: E402
 
 from nanopre import config as configs, cost  # noqa: E402
-from nanopre.command_line import Parser, run  # noqa: E402
+from nanopre.command_line import Parser, at_least, run  # noqa: E402
 
 
 @dataclass
@@ -207,12 +207,12 @@ def quality(rows: dict[str, Row], threads: int, steps: int = 500, seeds: int = 3
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--nanogpt", type=checkout, help="a checkout of karpathy/nanoGPT; without it its rows show ours alone")
     rows = ", ".join(FULL)
     parser.add_argument("--only", action="append", choices=FULL, metavar="ROW", help=f"a row, as often as you like: {rows}")
     parser.add_argument("--shapes", choices=("full", "tiny"), default="full", help="tiny: a test of the script itself")
-    parser.add_argument("--threads", type=int, default=2, help="of each program (default: 2)")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="of each program (default: 2)")
     parser.add_argument("--quality", action="store_true", help="validation losses of ours in place of times")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of the JSON file")
     a = parser.parse_args(argv)

@@ -110,7 +110,7 @@ def flops_of_step(row: Row, device: str) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--nanogpt", type=checkout, help="a checkout of karpathy/nanoGPT; without it ours alone is measured")
     rows = ", ".join(FULL)
     parser.add_argument("--only", action="append", choices=FULL, metavar="ROW", help=f"a row, as often as you like: {rows}")

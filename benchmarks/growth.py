@@ -16,7 +16,7 @@ from statistics import median
 from cpu import ROOT, Row, commands
 from turns import about, alternate, checkout, save
 
-from nanopre.command_line import Parser, run
+from nanopre.command_line import Parser, at_least, run
 
 LENGTHS = {t: Row(f"{t} tokens", 256, 4, 4, 384, t, 4096 // t, 1, (0, 0)) for t in (64, 256, 1024, 4096)}
 WIDTHS = {d: Row(f"{d} wide", d, 4, d // 64, 384, 256, 4, 1, (0, 0)) for d in (128, 256, 512, 1024)}
@@ -56,10 +56,10 @@ def draw(result: dict, file: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--nanogpt", type=checkout, help="a checkout of karpathy/nanoGPT; without it ours alone is drawn")
-    parser.add_argument("--turns", type=int, default=3, help="of a step each (default: 3)")
-    parser.add_argument("--threads", type=int, default=2, help="of each program (default: 2)")
+    parser.add_argument("--turns", type=at_least(1), default=3, help="of a step each (default: 3)")
+    parser.add_argument("--threads", type=at_least(1), default=2, help="of each program (default: 2)")
     parser.add_argument("--shapes", choices=("full", "tiny"), default="full", help="tiny: a test of the script itself")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="the folder of the files")
     a = parser.parse_args(argv)

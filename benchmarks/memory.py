@@ -9,7 +9,6 @@ weights and optimizer states. Written to benchmarks/results/.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -26,6 +25,7 @@ import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from nanopre import UserError, machine, optim, parallel  # noqa: E402
+from nanopre.command_line import Parser, at_least, run  # noqa: E402
 from nanopre.config import Train  # noqa: E402
 from nanopre.distributed import initialise  # noqa: E402
 from nanopre.loss import IGNORE  # noqa: E402
@@ -107,10 +107,10 @@ def stored(t: torch.Tensor) -> int:
     return t.nbytes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=9, help="of steps in turns with the plain one")
-    pairs = parser.parse_args().pairs
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=at_least(1), default=9, help="of steps in turns with the plain one (default: 9)")
+    pairs = parser.parse_args(argv).pairs
     plugins = load_plugins()
     precision = HERE.precision
     report = {"date": date.today().isoformat(), "torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -160,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("memory.py", main)

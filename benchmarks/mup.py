@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from nanopre import config as configs, optim  # noqa: E402
-from nanopre.command_line import Parser, run  # noqa: E402
+from nanopre.command_line import Parser, at_least, positive, run  # noqa: E402
 from nanopre.planning import report  # noqa: E402
 from nanopre.planning.trial import Trial  # noqa: E402
 
@@ -56,10 +56,10 @@ def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", default="stdlib", help="a dataset, file or glob (default: stdlib)")
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
-    parser.add_argument("--bases", nargs="+", type=int, default=[64, 256], help="mup_base_width of each comparison")
-    parser.add_argument("--widths", nargs="+", type=int, default=[64, 128, 256])
-    parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--bases", nargs="+", type=at_least(1), default=[64, 256], help="mup_base_width of each comparison")
+    parser.add_argument("--widths", nargs="+", type=at_least(1), default=[64, 128, 256])
+    parser.add_argument("--rates", nargs="+", type=positive, default=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])
+    parser.add_argument("--steps", type=at_least(1), default=120)
     a = parser.parse_args(argv)
     losses: dict[str, dict[int, list[float]]] = {}
     for base in (0, *a.bases):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -17,6 +16,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+from nanopre.command_line import Parser, at_least, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,11 +55,11 @@ def step_time(layout: str, micro: int, steps: int, folder: Path) -> float:
     return 4096 / statistics.median([line["tokens_per_second"] for line in lines if "tokens_per_second" in line][2:])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8, help="of each run (default: 8)")
-    parser.add_argument("--turns", type=int, default=3, help="in each of which every layout runs once (default: 3)")
-    a = parser.parse_args()
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=at_least(1), default=8, help="of each run (default: 8)")
+    parser.add_argument("--turns", type=at_least(1), default=3, help="in each of which every layout runs once (default: 3)")
+    a = parser.parse_args(argv)
     load = os.getloadavg()[0]  # by others, before the runs make their own
     with tempfile.TemporaryDirectory() as folder:
         tried = {
@@ -96,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("parallel.py", main)

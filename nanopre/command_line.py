@@ -1,11 +1,13 @@
-"""What the scripts' command lines have in common: errors of one sentence, and words that set keys of the config."""
+"""What the scripts' command lines have in common: errors of one sentence, numbers, and words that set keys of the config."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 from nanopre import UserError
 from nanopre.config import Config, whole_key
@@ -13,7 +15,27 @@ from nanopre.plugins import nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one sentence."""
+    """argparse, whose errors are one sentence. What is not an option is named before what is missing, which a misspelt option
+    may be the cause of.
+
+    sets_keys: words that are no options may set keys of the config, as "--train.steps=100"; parse_known_args returns them.
+    """
+
+    def __init__(self, *arguments, sets_keys: bool = False, **settings):
+        super().__init__(*arguments, allow_abbrev=False, **settings)
+        self.sets_keys = sets_keys
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        words = list(sys.argv[1:] if args is None else args)
+        if self._subparsers:  # what comes after the command is for its own parser to check
+            words = list(takewhile(lambda word: word.startswith("-"), words))
+        known = [*self._option_string_actions, "--"]
+        options = [word for word in words if word.startswith("--") or self._subparsers]
+        self._check([word for word in options if word.partition("=")[0] not in known], words)
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if not self._subparsers:
+            self._check(unknown, words)
+        return namespace, unknown
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help.")
@@ -24,9 +46,51 @@ class Parser(argparse.ArgumentParser):
             name = " ".join(action.option_strings) or action.metavar
             raise UserError(f"{name} {value}: there is no such choice; {nearest(value, list(action.choices))}")
 
-    @property
-    def options(self) -> list[str]:
-        return list(self._option_string_actions)
+    def _check(self, unknown: Sequence[str], words: Sequence[str]) -> None:
+        """Raise UserError for the first of the unknown words, unless it sets a key. words: all of the command line."""
+        sections = [f.name for f in dataclasses.fields(Config)] if self.sets_keys else []
+        options = [*self._option_string_actions, *(f"--{section}" for section in sections)]
+        for word in unknown:
+            flag, equals, value = word.partition("=")
+            if not word.startswith("-") and self.sets_keys:
+                raise UserError(f"{word}: one config file is enough; a key of it is set as --section.key=value.")
+            if not word.startswith("-"):
+                raise UserError(f"{word}: neither an option nor the value of one; see --help.")
+            if not self.sets_keys:
+                raise UserError(f"{flag}: not an option; {nearest(flag, options)}")
+            name = flag.lstrip("-")
+            key = name if "." in name or name in sections else whole_key(name)
+            if key is None:
+                raise UserError(f"{flag}: not an option (a key is set as --section.key=value); {nearest(flag, options)}")
+            if not word.startswith("--"):
+                raise UserError(f"{flag}: not an option; did you mean --{key}{equals}{value}?")
+            if not equals:
+                following = words[words.index(word) + 1 :][:1]  # "--train.steps 5", where the 5 may pass for the config file
+                value = next((v for v in following if not v.startswith("-") and not v.endswith(".toml")), "VALUE")
+                raise UserError(f"{word}: no value; write --{key}={value}.")
+
+
+def positive(text: str) -> float:
+    """A type of argparse: a finite number above zero."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and finite")
+    return value
+
+
+positive.__name__ = "number"  # argparse: "invalid number value: 'x'"
+
+
+def at_least(least: float):
+    """A type of argparse: a finite number from `least` on, whole if that is."""
+    kind = type(least)
+
+    def parse(text: str):
+        if not least <= (value := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}{'' if kind is int else ' and finite'}")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
 
 
 def run(script: str, main: Callable[[list[str]], None], *expected: type[Exception]) -> None:
@@ -40,33 +104,3 @@ def run(script: str, main: Callable[[list[str]], None], *expected: type[Exceptio
     except (KeyboardInterrupt, BrokenPipeError):
         sys.stderr.close()  # `plan.py layout ... | head`: Python would tell of the closed pipe once more as it ends
         sys.exit(130)
-
-
-def refuse(words: Sequence[str], options: Sequence[str]) -> None:
-    """Raise UserError for the first of the words that argparse left over, if there are any, with the nearest of the options."""
-    if words:
-        if not words[0].startswith("-"):
-            raise UserError(f"{words[0]}: neither an option nor the value of one; see --help.")
-        flag = words[0].partition("=")[0]
-        raise UserError(f"{flag}: not an option; {nearest(flag, options)}")
-
-
-def check_overrides(words: Sequence[str], argv: Sequence[str], options: Sequence[str]) -> None:
-    """Raise UserError for the first of the words in `argv` that argparse left over which does not set a key, in the form of
-    "--train.steps=100". options: those that the script has, for the nearest match."""
-    sections = [f.name for f in dataclasses.fields(Config)]
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if not word.startswith("-"):
-            raise UserError(f"{word}: one config file is enough; a key of it is set as --section.key=value.")
-        name = flag.lstrip("-")
-        key = name if "." in name or name in sections else whole_key(name)
-        if key is None:
-            hint = nearest(flag, [*options, *(f"--{section}" for section in sections)])
-            raise UserError(f"{flag}: not an option (a key is set as --section.key=value); {hint}")
-        if not word.startswith("--"):
-            raise UserError(f"{flag}: not an option; did you mean --{key}{equals}{value}?")
-        if not equals:
-            following = argv[argv.index(word) + 1 :][:1]  # "--train.steps 5", where the 5 may pass for the config file
-            value = next((v for v in following if not v.startswith("-") and not v.endswith(".toml")), "VALUE")
-            raise UserError(f"{word}: no value; write --{key}={value}.")

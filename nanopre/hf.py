@@ -27,8 +27,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nanopre import UserError, checkpoint, config as configs, distributed
-from nanopre.command_line import Parser, refuse, run
+from nanopre import UserError, checkpoint, config as configs, distributed, saving
+from nanopre.command_line import Parser, run
 from nanopre.hf_families import (
     BERT,
     BERT_BY_HEAD,
@@ -314,9 +314,9 @@ def import_model(source: str | Path, run_dir: str | Path, tokenizer_file: str | 
     state = from_hf(family, read_weights(source), model.config, str(source))
     if notes := fill(model, state, family.optional, str(source)):
         print(f"nanopre.hf: {source}: {'; '.join(notes)}.", file=sys.stderr)
-    checkpoint.create_run(run_dir, config, tokenizer)
+    saving.create_run(run_dir, config, tokenizer)
     info = {"imported_from": str(source), "config": configs.to_dict(config), "plugins": registry.versions()}
-    return checkpoint.save(run_dir, 0, [model], [], info)
+    return saving.save(run_dir, 0, [model], [], info)
 
 
 def export_model(run: str | Path, folder: str | Path) -> None:
@@ -391,7 +391,7 @@ def read_json(file: Path) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m nanopre.hf", description="Models from and to Hugging Face.", allow_abbrev=False)
+    parser = Parser(prog="python -m nanopre.hf", description="Models from and to Hugging Face.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     command = commands.add_parser("import", help="make a run of a folder in the format of transformers")
     command.add_argument("source", metavar="HF_FOLDER", help="a folder of config.json, weights and tokenizer.json")
@@ -400,8 +400,7 @@ def main(argv: list[str]) -> None:
     command = commands.add_parser("export", help="make a folder in the format of transformers of a run")
     command.add_argument("run", metavar="RUN", help="a run's folder (its latest checkpoint) or one checkpoint's")
     command.add_argument("folder", metavar="HF_FOLDER", help="the new folder")
-    a, rest = parser.parse_known_args(argv)
-    refuse(rest, commands.choices[a.command].options)
+    a = parser.parse_args(argv)
     if a.command == "import":
         print(f"Imported to {import_model(a.source, a.run, a.tokenizer)}; try: python sample.py {a.run} --prompt TEXT")
     else:

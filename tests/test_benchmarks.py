@@ -116,6 +116,8 @@ def test_nanogpt_is_tuned_where_it_can_be_and_a_changed_one_is_refused(tmp_path)
         (["finetuning.py", "--init=runs/x"], "name the data of a task: --polarity FOLDER, or"),
         (["finetuning.py", "--init=runs/x", "--sick-test=file"], "--sick-train and --sick-test go together"),
         (["convergence.py", "--train=a", "--val=b", "--only=mlm"], '--only: no row\'s name has "mlm" in it; there are: MLM,'),
+        (["convergence.py", "--train=a", "--val=b", "--seeds=0"], "argument --seeds: 0 must be at least 1; see --help."),
+        (["memory.py", "--pear=2"], "--pear: not an option; did you mean --pairs?"),
     ],
 )
 def test_nothing_to_measure_is_said(arguments, message):

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from nanopre import UserError, checkpoint, config as configs, distributed
+from nanopre import UserError, checkpoint, config as configs, distributed, saving
 
 
 def tiny_table(folder: str, **sections) -> dict:
@@ -154,14 +154,14 @@ def interrupted(folder: str) -> tuple[set, set]:
 
         in_place = Path(folder) / "in place"
         torch.distributed.checkpoint.save(fill(1.0), checkpoint_id=in_place)
-        checkpoint.save(Path(folder), 1, [part], [], {})
+        saving.save(Path(folder), 1, [part], [], {})
         state = fill(2.0)
         disk_is_full = mock.patch.object(FileSystemWriter, "write_data", fail) if os.environ["RANK"] == "1" else nullcontext()
         with disk_is_full:
             with pytest.raises(CheckpointException):
                 torch.distributed.checkpoint.save(state, checkpoint_id=in_place)
             with pytest.raises(UserError, match="step_00000002.tmp: can't be written"):
-                checkpoint.save(Path(folder), 2, [part], [], {})
+                saving.save(Path(folder), 2, [part], [], {})
         state = fill(0.0)
         torch.distributed.checkpoint.load(state, checkpoint_id=in_place)
         theirs = found()
@@ -180,10 +180,10 @@ def test_a_checkpoint_saved_in_place_may_be_a_mixture_of_two_without_an_error_an
 
 def test_what_is_left_of_an_interrupted_save_is_removed_with_the_old_checkpoints(tmp_path):
     part = torch.nn.Linear(4, 4)
-    checkpoint.begin(tmp_path, 1, [part], [], {})  # and never finished
+    saving.begin(tmp_path, 1, [part], [], {})  # and never finished
     for step in (2, 3, 4):
-        checkpoint.save(tmp_path, step, [part], [], {})
-    checkpoint.prune(tmp_path, 2)
+        saving.save(tmp_path, step, [part], [], {})
+    saving.prune(tmp_path, 2)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["latest", "step_00000003", "step_00000004"]
 
@@ -197,10 +197,9 @@ def save_for_ever(folder: str, rank: int, environment: dict[str, str], backgroun
         part = torch.nn.Linear(2048, 2048, bias=False)
         for step in range(1, 10**6):
             torch.nn.init.constant_(part.weight, step)
-            saving = checkpoint.begin(Path(folder), step, [part], [], {}, background)
-            saving.finish()
+            saving.begin(Path(folder), step, [part], [], {}, background).finish()
             if rank == 0:
-                checkpoint.prune(Path(folder), 2)
+                saving.prune(Path(folder), 2)
 
 
 @pytest.mark.slow
@@ -351,7 +350,7 @@ def test_bytes_that_were_lost_load_without_an_error_but_for_our_checksums(tmp_pa
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.toml").touch()
     part = torch.nn.Linear(64, 64, bias=False)
-    folder = checkpoint.save(tmp_path, 1, [part], [], {})
+    folder = saving.save(tmp_path, 1, [part], [], {})
     (file,) = folder.glob("*.distcp")
     data = bytearray(file.read_bytes())
     at = data.index(part.weight.detach().numpy().tobytes()[:64])

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 import sample
 import train
-from nanopre import UserError, checkpoint, config as configs
+from nanopre import UserError, checkpoint, config as configs, saving
 from nanopre.examples import Examples
 from nanopre.loss import IGNORE
 from nanopre.plugins import load_plugins
@@ -56,8 +56,8 @@ def pretrained(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.05, generator=generator).add_(1.0 if parameter.ndim == 1 else 0.0)
-    checkpoint.create_run(folder, config, tokenizer)
-    checkpoint.save(folder, 0, [model], [], {"config": configs.to_dict(config)})
+    saving.create_run(folder, config, tokenizer)
+    saving.save(folder, 0, [model], [], {"config": configs.to_dict(config)})
     return folder
 
 

@@ -21,7 +21,7 @@ from conftest import SHARED, run_script
 from hypothesis import given, settings, strategies as st
 from test_model import bert, gpt2, llama, padded_batch, qwen3, redraw, t5, t5_1_0
 
-from nanopre import UserError, checkpoint, config as configs, distributed, hf, hf_families
+from nanopre import UserError, checkpoint, config as configs, distributed, hf, hf_families, saving
 from nanopre.corpus import _encode
 from nanopre.examples import Examples
 from nanopre.generate import generate
@@ -55,8 +55,8 @@ def make_run(
     table["objective"] = {"name": objective, **options}
     config, _ = configs.from_dict(table, "test")
     made = redraw(distributed.build_model(config, tokenizer)).eval()
-    checkpoint.create_run(folder, config, tokenizer)
-    checkpoint.save(folder, 7, [made], [], {})
+    saving.create_run(folder, config, tokenizer)
+    saving.save(folder, 7, [made], [], {})
     return made
 
 
@@ -296,6 +296,8 @@ def test_the_command_line_imports_exports_and_reports_errors_in_one_line(tmp_pat
         (["imprt", "a", "b"], "COMMAND imprt: there is no such choice; did you mean import?"),
         (["import", "a"], "the following arguments are required: RUN; see --help."),
         (["import", "a", "b", "--tokeniser=c"], "--tokeniser: not an option; did you mean --tokenizer?"),
+        (["import", "a", "--tokeniser=c"], "--tokeniser: not an option; did you mean --tokenizer?"),
+        (["--tokenizer=c", "import", "a", "b"], "--tokenizer: not an option; choose from --help, -h."),
         (["export", "a", "b", "c"], "c: neither an option nor the value of one; see --help."),
     ],
 )

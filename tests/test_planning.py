@@ -444,6 +444,13 @@ def test_schedule_as_a_user_asks_for_it(capsys, tmp_path):
         (["schedule", "--png", "/dev/null/a.png"], "/dev/null/a.png: can't be written ("),
         (["schedule", "--train.steps=1"], "--train.steps: not an option; choose from --help, --json, --microbatches, --png,"),
         (["layout", "CONFIG", "--gpu", "h100", "--gpuss=4"], "--gpuss: not an option (a key is set as"),
+        # A misspelt option, not the one that is missing for it; and one that stands before the command.
+        (["memory", "CONFIG", "--gpuu=h100"], "--gpuu: not an option (a key is set as --section.key=value); did you mean"),
+        (["memory", "CONFIG", "--train.steps"], "--train.steps: no value; write --train.steps=VALUE."),
+        (["memory", "CONFIG", "--train.steps=5"], "the following arguments are required: --gpu; see --help."),
+        (["budget", "--flops=1e18", "--gpuhours=3"], "--gpuhours: not an option; did you mean --gpu-hours?"),
+        (["--jsn", "layout", "CONFIG"], "--jsn: not an option; choose from --help, -h."),
+        (["-json", "layout", "CONFIG"], "-json: not an option; choose from --help, -h."),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(arguments, message):

@@ -15,7 +15,7 @@ from conftest import ENVIRONMENT, ROOT
 
 import sample
 import train
-from nanopre import UserError, checkpoint, config as configs, distributed
+from nanopre import UserError, checkpoint, config as configs, distributed, saving
 from nanopre.generate import fill_masks, fill_sentinels, generate
 from nanopre.tokenizer import bpe_tokenizer, bytes_tokenizer
 
@@ -76,7 +76,7 @@ def test_an_output_that_cannot_hold_a_character(trained):
     "arguments, sentence",
     [
         (["--top-p", "1.5"], "^argument --top-p: 1.5 is not above 0 and at most 1; see --help.$"),
-        (["--tokens", "0"], "^argument --tokens: 0 is not above 0; see --help.$"),
+        (["--tokens", "0"], "^argument --tokens: 0 must be at least 1; see --help.$"),
         (["--temperature", "-1"], "^argument --temperature: .*; see --help.$"),
         (["--top-k", "x"], "^argument --top-k: .*; see --help.$"),
         (["--tokns", "3"], "^--tokns: not an option; did you mean --tokens.$"),
@@ -136,8 +136,8 @@ def random_run(tmp_path, model: dict, tokenizer, objective: dict | None = None):
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.normal_(0, 0.3, generator=generator)
-    checkpoint.create_run(tmp_path / "tiny", config, tokenizer)
-    checkpoint.save(tmp_path / "tiny", 0, [built], [], {"config": configs.to_dict(config)})
+    saving.create_run(tmp_path / "tiny", config, tokenizer)
+    saving.save(tmp_path / "tiny", 0, [built], [], {"config": configs.to_dict(config)})
     return checkpoint.open_run(tmp_path / "tiny")
 
 

@@ -13,7 +13,7 @@ from conftest import ROOT
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
-from nanopre import checkpoint, config as configs, parallel
+from nanopre import config as configs, parallel, saving
 
 B, T, C, L, F = 8, 32, 32, 4, 64  # rows, tokens, d_model, blocks, d_ff
 
@@ -92,10 +92,10 @@ def hold(*settings) -> dict[str, int]:
         held["states"] = local(state[moment] for state in states for moment in ("exp_avg", "exp_avg_sq"))
         return begin(run_dir, step, parts, optimizers, *rest)
 
-    original, begin, saved = parallel.clip_gradients, checkpoint.begin, Saved()
+    original, begin, saved = parallel.clip_gradients, saving.begin, Saved()
     with (
         mock.patch.object(parallel, "clip_gradients", clip_gradients),
-        mock.patch.object(checkpoint, "begin", save),
+        mock.patch.object(saving, "begin", save),
         saved,
     ):
         train.train(*config(*settings))

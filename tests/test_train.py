@@ -18,7 +18,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, read_log, run_script
 
 import train
-from nanopre import UserError, checkpoint, config as configs, corpus as corpora, distributed
+from nanopre import UserError, checkpoint, config as configs, corpus as corpora, distributed, saving
 from nanopre.tokenizer import bytes_tokenizer, characters_tokenizer
 
 # A signal between two steps ends the run after the second of them.
@@ -254,10 +254,10 @@ def test_a_checkpoint_is_on_the_disk_before_latest_names_it(tiny, tmp_path, monk
 
         monkeypatch.setattr(owner, name, noted)
 
-    note(checkpoint, "_sync")
+    note(saving, "_sync")
     note(Path, "rename")
     note(os, "replace")
-    checkpoint.save(folder, 13, [opened.model], [], {})
+    saving.save(folder, 13, [opened.model], [], {})
     new = "step_00000013"
     assert done[-6:] == [
         ("_sync", "info.json", f"{new}.tmp"),
@@ -393,7 +393,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint_in_force(tiny, tmp_path,
     opened = checkpoint.open_run(folder)
     monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(UserError, match="step_00000099.tmp: can't be written .OSError: No space left on device"):
-        checkpoint.save(folder, 99, [opened.model], [], {})
+        saving.save(folder, 99, [opened.model], [], {})
     monkeypatch.undo()
     assert checkpoint.open_run(folder).checkpoint.name == "step_00000012"
     assert checkpoint.find(folder)[-1].name == "step_00000012"
@@ -418,6 +418,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint_in_force(tiny, tmp_path,
         (["-steps", "3"], "^-steps: not an option; did you mean --train.steps?$"),
         ([""], "^a config file without a name: can't be read .*; give the path of a TOML file.$"),
         (["train.steps=3"], "^train.steps=3: can't be read .*; a key is set as --train.steps=3.$"),
+        (["--print-config", "--", "a.toml", "b.toml"], "^b.toml: one config file is enough"),
         (["--resume"], "^argument --resume: expected one argument; see --help.$"),
         (["a.toml", "b.toml"], "^b.toml: one config file is enough; a key of it is set as --section.key=value.$"),
         (["--resume", "runs/x", "configs/default.toml"], "leave out the config file"),
