@@ -40,10 +40,12 @@ class Machine:
 
 
 def choose(config: Train) -> Machine:
-    """Fill in what the config leaves to the machine. Raises UserError for a device that is not there."""
+    """Fill in what the config leaves to the machine. Raises UserError for a device or a processor that is not there."""
     device = choose_device(config.device)
     is_cpu = device.type == "cpu"
     if is_cpu and config.threads:
+        if config.threads > (there_are := os.cpu_count()):
+            raise UserError(f"train.threads = {config.threads}: more than the {there_are} processors of this machine.")
         torch.set_num_threads(config.threads)
     if is_cpu and config.keep_freed_memory:
         keep_freed_memory()

@@ -7,7 +7,7 @@ import torch
 from conftest import read_log
 
 import train
-from nanopre import machine
+from nanopre import UserError, machine
 from nanopre.config import Train
 from nanopre.model import Attention
 from nanopre.plugins import load_plugins
@@ -22,9 +22,12 @@ def threads():
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("n, words", [(1, "cpu, 1 thread;"), (3, "cpu, 3 threads;")])
-def test_threads_of_a_cpu(n, words):
+def test_threads_of_a_cpu(n, words, monkeypatch):
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 3)
     assert machine.choose(Train(device="cpu", threads=n)).reason.startswith(words)
     assert torch.get_num_threads() == n
+    with pytest.raises(UserError, match="^train.threads = 4: more than the 3 processors of this machine.$"):
+        machine.choose(Train(device="cpu", threads=4))
 
 
 @pytest.mark.parametrize(
