@@ -486,7 +486,7 @@ def run_layout(a: argparse.Namespace) -> tuple[dict, str]:
     found = layouts.search(config, plugins, accelerator, a.gpus, efficiency)
     result = {"gpu": a.gpu, "gpus": a.gpus, "efficiency": efficiency, **dataclasses.asdict(found)}
     result["reasons"] = [{"reason": reason, "layouts": n} for reason, n in found.reasons()]
-    return result, layouts.text(found, accelerator, a.gpus, efficiency)
+    return result, layouts.text(found, a.gpus, efficiency)
 
 
 def calibrated(run: Path, accelerator: accelerators.Accelerator) -> float:

@@ -36,7 +36,7 @@ from nanopre import (
     parallel,
     saving,
 )
-from nanopre.command_line import Parser
+from nanopre.command_line import Parser, run
 from nanopre.examples import prepare as prepare_examples
 from nanopre.generate import EXAMPLES, generate
 from nanopre.hookspecs import Run
@@ -377,10 +377,4 @@ def git_commit() -> str:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character of a sample shows a question mark
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        distributed.say_once(str(error))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run("train.py", main, say=distributed.say_once)

@@ -21,6 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median
 
@@ -32,7 +33,7 @@ import torch  # noqa: E402
 from nanogpt_worker import model_settings, prepare, train_flags  # noqa: E402
 from turns import about, alternate, checkout, ratio, save  # noqa: E402
 
-from nanopre import config as configs, cost  # noqa: E402
+from nanopre import UserError, config as configs, cost  # noqa: E402
 from nanopre.command_line import Parser, at_least, run  # noqa: E402
 
 
@@ -218,6 +219,8 @@ def main(argv: list[str]) -> None:
     a = parser.parse_args(argv)
     shapes = FULL if a.shapes == "full" else TINY
     rows = {name: row for name, row in shapes.items() if not a.only or name in a.only}
+    if not a.quality and {"bert", "t5", "decode"} & set(rows) and find_spec("transformers") is None:
+        raise UserError("transformers, a peer of these rows, is not installed; run: pip install -e '.[bench]'.")
     if a.quality:
         result, name = {**about(a.threads), "val_loss": quality(rows, a.threads)}, "cpu-quality"
     else:

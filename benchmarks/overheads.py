@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nanopre import config as configs, hookimpl  # noqa: E402
+from nanopre.command_line import Parser, run  # noqa: E402
 
 
 class Observer:
@@ -27,7 +28,8 @@ class Observer:
         pass
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
+    Parser(description=__doc__.splitlines()[0]).parse_args(argv)
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
@@ -60,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("overheads.py", main)

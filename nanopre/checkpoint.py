@@ -81,20 +81,28 @@ def pointed(run_dir: Path, name: str) -> Path | None:
     return next((folder for folder in pointer.parent.glob("step_????????") if folder.name == named), None)
 
 
+def run_of(path: str | Path) -> Path:
+    """The run's folder of one, or of one of its checkpoints. Raises UserError where there is none."""
+    path = Path(path)
+    run_dir = path.parent.parent if _is_checkpoint(path) else path
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run; {_runs_beside(run_dir)}")
+    if not (run_dir / "config.toml").is_file():
+        raise UserError(f"{run_dir}: not a run's folder (it has no config.toml); {_runs_beside(run_dir)}")
+    return run_dir
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.parent.name == "checkpoints" and path.name.startswith("step_")
+
+
 def locate(path: str | Path) -> tuple[Path, Path]:
     """(run folder, checkpoint folder) of a run's folder, which means its latest checkpoint, or of one checkpoint.
 
     Raises UserError where there is none.
     """
-    path = Path(path)
-    if path.parent.name == "checkpoints" and path.name.startswith("step_"):
-        run_dir, checkpoint = path.parent.parent, path
-    else:
-        run_dir, checkpoint = path, pointed(path, "latest")
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such run; {_runs_beside(run_dir)}")
-    if not (run_dir / "config.toml").is_file():
-        raise UserError(f"{run_dir}: not a run's folder (it has no config.toml); {_runs_beside(run_dir)}")
+    run_dir = run_of(path)
+    checkpoint = Path(path) if _is_checkpoint(Path(path)) else pointed(run_dir, "latest")
     if checkpoint is None and (whole := find(run_dir)):
         raise UserError(f"{run_dir / 'checkpoints' / 'latest'}: missing or damaged; name a checkpoint instead: {whole[-1]}")
     if checkpoint is None:
@@ -104,7 +112,8 @@ def locate(path: str | Path) -> tuple[Path, Path]:
 
 def _runs_beside(run_dir: Path) -> str:
     beside = [str(file.parent) for file in sorted(run_dir.parent.glob("*/config.toml"))]
-    return f"there are {', '.join(beside[:8])}." if beside else f"there is no run in {run_dir.parent}/."
+    more = f" and {len(beside) - 8} more" if len(beside) > 8 else ""
+    return f"there are {', '.join(beside[:8])}{more}." if beside else f"there is no run in {run_dir.parent}/."
 
 
 NEEDED = {"step": int, "files": dict}  # of info.json, with the type of each key
@@ -252,12 +261,11 @@ def open_run(path: str | Path) -> OpenedRun:
 
 def read_config(path: str | Path) -> dict:
     """The resolved config of a run, or of one checkpoint's run, as a table. Raises UserError."""
-    run_dir, _ = locate(path)
-    return configs.to_dict(configs.load(run_dir / "config.toml")[0])
+    return configs.to_dict(configs.load(run_of(path) / "config.toml")[0])
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
-    return Tokenizer.load(locate(path)[0] / "tokenizer.json")
+    return Tokenizer.load(run_of(path) / "tokenizer.json")
 
 
 TRUNK = ("embed.", "relative.", "blocks.", "head.norm.")  # what every objective of a model shares

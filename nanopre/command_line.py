@@ -56,6 +56,8 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"{word}: one config file is enough; a key of it is set as --section.key=value.")
             if not word.startswith("-"):
                 raise UserError(f"{word}: neither an option nor the value of one; see --help.")
+            if self._subparsers:
+                raise UserError(f"{flag}: not an option here; those of a COMMAND come after it.")
             if not self.sets_keys:
                 raise UserError(f"{flag}: not an option; {nearest(flag, options)}")
             name = flag.lstrip("-")
@@ -93,13 +95,15 @@ def at_least(least: float):
     return parse
 
 
-def run(script: str, main: Callable[[list[str]], None], *expected: type[Exception]) -> None:
+def run(
+    script: str, main: Callable[[list[str]], None], *expected: type[Exception], say: Callable[[str], None] | None = None
+) -> None:
     """Call a script's `main` with the command line. What the user can mend, UserError and the `expected`, ends it with one
-    sentence and status 2; Ctrl-C and a closed pipe with 130."""
+    sentence and status 2; Ctrl-C and a closed pipe with 130. say: tells the sentence, where many processes come upon it."""
     try:
         main(sys.argv[1:])
     except (UserError, *expected) as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        say(str(error)) if say else print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, BrokenPipeError):
         sys.stderr.close()  # `plan.py layout ... | head`: Python would tell of the closed pipe once more as it ends

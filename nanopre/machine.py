@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,13 +19,20 @@ from nanopre.model import Attention
 
 @dataclass
 class Machine:
-    """The choices for this process, and the sentence that tells them to the user."""
+    """The choices for this process, and the line that tells them to the user."""
 
     device: torch.device
     precision: torch.dtype  # of the matrix products; the stream between blocks and optimizer states stay float32
     products: bool  # attention by products of matrices, in place of torch's fused kernel
     compile: bool
-    reason: str
+    why: str  # it is compiled or not; "" where the config says so
+    reasons: list[str]  # of all else
+
+    @property
+    def reason(self) -> str:
+        """What is chosen and why, in one line."""
+        compiled = "compiled" if self.compile else "not compiled"
+        return "; ".join([*self.reasons, f"{compiled} ({self.why})" if self.why else compiled])
 
     def autocast(self):
         """A context in which products run in `precision`."""
@@ -40,7 +48,8 @@ class Machine:
 
 
 def choose(config: Train) -> Machine:
-    """Fill in what the config leaves to the machine. Raises UserError for a device or a processor that is not there."""
+    """Fill in what the config leaves to the machine. Raises UserError for a device, processors or a compiler
+    that are not there."""
     device = choose_device(config.device)
     is_cpu = device.type == "cpu"
     if is_cpu and config.threads:
@@ -55,6 +64,9 @@ def choose(config: Train) -> Machine:
     products = is_cpu if config.attention == "auto" else config.attention == "products"
     # On a CPU compiling takes 5 to 70 s and gives 1.0 to 1.2 times the speed (benchmarks/README.md): a choice there.
     compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
+    if is_cpu and compiled and not shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")):
+        problem = "there is no C++ compiler here; install g++, or let CXX name one"
+        raise UserError(f'train.compile = "on": {problem}, or take "off".')
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     n = torch.get_num_threads()
     reasons = [
@@ -63,9 +75,9 @@ def choose(config: Train) -> Machine:
         + ("" if config.precision != "auto" else " (fast here)" if fast else " (no fast bfloat16 here)"),
         ("attention by products" if products else "fused attention") + (" (faster here)" if config.attention == "auto" else ""),
         *(["freed memory kept"] if is_cpu and config.keep_freed_memory else []),
-        ("compiled" if compiled else "not compiled") + (" (takes long here)" if is_cpu and config.compile == "auto" else ""),
     ]
-    return Machine(device, torch.bfloat16 if bfloat16 else torch.float32, products, compiled, "; ".join(reasons))
+    why = "takes long here" if is_cpu and config.compile == "auto" else ""
+    return Machine(device, torch.bfloat16 if bfloat16 else torch.float32, products, compiled, why, reasons)
 
 
 def wants_bfloat16(config: Train, device: torch.device) -> bool:
@@ -106,12 +118,14 @@ def choose_device(name: str, key: str = "train.device") -> torch.device:
     name, for the UserError about one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f'{key} = "{name}": no such device here; choose from auto, cpu, cuda, mps.')
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("not one of cpu, cuda, mps")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("no CUDA")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise RuntimeError("no MPS")
         if device.type == "cuda":
             index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
             device = torch.device("cuda", index)

@@ -188,11 +188,10 @@ def apply(layout: Layout, model: nn.Module, here: Machine, loss: Callable, confi
     if layout.world.size > 1:
         layout.mesh = init_device_mesh(here.device.type, tuple(layout.sizes.values()), mesh_dim_names=DIMENSIONS)
     parts = wrapped = [model]
-    uncompiled = {name: s.uncompiled for name, s in layout.strategies.items() if getattr(s, "uncompiled", "")}
-    if here.compile and layout.world.rank == 0:
-        for name, why in uncompiled.items():
-            print(f"parallel.{name}: blocks are not compiled, since {why}")
-    compiled = not here.compile or bool(uncompiled)  # as far as they are to be
+    for name, strategy in layout.strategies.items():
+        if here.compile and (why := getattr(strategy, "uncompiled", "")):
+            here.compile, here.why = False, f"parallel.{name}: {why}"
+    compiled = not here.compile  # as far as they are to be
     for strategy in layout.strategies.values():
         if PHASES.index(strategy.phase) > PHASES.index("tensor") and not compiled:
             compile_blocks(parts)

@@ -38,6 +38,7 @@ def write_config(run_dir: Path, config: configs.Config) -> None:
     """Save the resolved config with the run: when it begins, and when it goes on with other values."""
     try:
         (run_dir / "config.toml.tmp").write_text(configs.to_toml(config), encoding="utf-8")
+        _sync(run_dir / "config.toml.tmp")
         os.replace(run_dir / "config.toml.tmp", run_dir / "config.toml")
     except OSError as error:
         raise UserError(f"{run_dir / 'config.toml'}: can't be written ({error.strerror}).") from None
@@ -81,7 +82,8 @@ def begin(
 
 @cache
 def _background_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """All ranks again: what the background thread sends must not meet what the training sends."""
+    """All ranks again: what the background thread sends must not meet what the training sends. `world` is the cache's key:
+    other processes, other groups."""
     return dist.new_group(backend="gloo")
 
 

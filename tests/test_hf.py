@@ -297,7 +297,7 @@ def test_the_command_line_imports_exports_and_reports_errors_in_one_line(tmp_pat
         (["import", "a"], "the following arguments are required: RUN; see --help."),
         (["import", "a", "b", "--tokeniser=c"], "--tokeniser: not an option; did you mean --tokenizer?"),
         (["import", "a", "--tokeniser=c"], "--tokeniser: not an option; did you mean --tokenizer?"),
-        (["--tokenizer=c", "import", "a", "b"], "--tokenizer: not an option; choose from --help, -h."),
+        (["--tokenizer=c", "import", "a", "b"], "--tokenizer: not an option here; those of a COMMAND come after it."),
         (["export", "a", "b", "c"], "c: neither an option nor the value of one; see --help."),
     ],
 )

@@ -132,6 +132,7 @@ def run(folder: str, *settings, **options) -> None:
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(core, "clip_gradients", clip_gradients))
         patches.enter_context(mock.patch.object(torch.nn.Module, "compile", compile_eagerly))
+        patches.enter_context(mock.patch.dict(os.environ, CXX=sys.executable))  # which is not called
         patches.enter_context(mock.patch.object(Transformer, "init_std", larger))
         if "compiles" in options:
             choose = machine.choose

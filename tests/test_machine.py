@@ -43,6 +43,21 @@ def test_every_attention_of_a_model_is_as_it_was_chosen(attention, products, wor
     assert words in here.reason and chosen == 3 * [products]  # the encoder's, the decoder's, and from one to the other
 
 
+def test_compiling_on_a_cpu_takes_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(UserError, match='^train.compile = "on": there is no C.. compiler here; .*, or take "off".$'):
+        machine.choose(Train(device="cpu", compile="on"))
+    assert machine.choose(Train(device="cpu")).reason.endswith("; not compiled (takes long here)")
+    assert machine.choose(Train(device="cpu", compile="off")).reason.endswith("; not compiled")
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "xla:0"])
+def test_a_device_that_is_not_there_is_one_short_sentence(name):
+    with pytest.raises(UserError) as error:
+        machine.choose_device(name, "--device")
+    assert str(error.value).startswith(f'--device = "{name}": no ') and len(str(error.value)) < 120
+
+
 def test_freed_memory_is_kept_unless_the_config_says_no(monkeypatch):
     called = []
     monkeypatch.setattr(machine, "keep_freed_memory", lambda: called.append(True))

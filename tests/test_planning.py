@@ -449,8 +449,8 @@ def test_schedule_as_a_user_asks_for_it(capsys, tmp_path):
         (["memory", "CONFIG", "--train.steps"], "--train.steps: no value; write --train.steps=VALUE."),
         (["memory", "CONFIG", "--train.steps=5"], "the following arguments are required: --gpu; see --help."),
         (["budget", "--flops=1e18", "--gpuhours=3"], "--gpuhours: not an option; did you mean --gpu-hours?"),
-        (["--jsn", "layout", "CONFIG"], "--jsn: not an option; choose from --help, -h."),
-        (["-json", "layout", "CONFIG"], "-json: not an option; choose from --help, -h."),
+        (["--jsn", "layout", "CONFIG"], "--jsn: not an option here; those of a COMMAND come after it."),
+        (["-json", "layout", "CONFIG"], "-json: not an option here; those of a COMMAND come after it."),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(arguments, message):

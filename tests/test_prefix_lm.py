@@ -135,6 +135,8 @@ def test_evaluation_is_fixed_and_ends_where_the_text_ends(architecture):
     assert all((batch[key] == again[key][::-1]).all() for key in batch)
     scored = batch["targets"][batch["targets"] != IGNORE]
     assert len(scored) == len(set(scored)) and (batch["targets"][n:] == IGNORE).all()
+    short = objective.batch(unique_split(9, document=0), np.arange(2), 24, None)  # a split that ends in its first row
+    assert 1 <= (short["targets"][0] != IGNORE).sum() < 9 and (short["targets"][1] == IGNORE).all()
     first, second = (objective.batch(split, np.arange(n) + e * n, 24, 7)["visible"] for e in (0, 1))
     assert (first != second).any()  # each epoch cuts anew
 

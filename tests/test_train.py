@@ -19,6 +19,7 @@ from conftest import ENVIRONMENT, ROOT, read_log, run_script
 
 import train
 from nanopre import UserError, checkpoint, config as configs, corpus as corpora, distributed, saving
+from nanopre.plugins import load_plugins
 from nanopre.tokenizer import bytes_tokenizer, characters_tokenizer
 
 # A signal between two steps ends the run after the second of them.
@@ -430,6 +431,30 @@ def test_mistakes_on_the_command_line(arguments, message, monkeypatch):
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         train.main(arguments)
+
+
+def test_a_checkpoint_that_is_named_needs_no_latest(tiny, tmp_path):
+    folder = run(tiny, "a", tmp_path=tmp_path)
+    (folder / "checkpoints" / "latest").unlink()
+    with pytest.raises(UserError, match="latest: missing or damaged; name a checkpoint instead: .*/step_00000012$"):
+        train.main(["--resume", str(folder), "--train.steps=14"])
+    train.main(["--resume", str(folder / "checkpoints" / "step_00000012"), "--train.steps=14"])
+    assert len(losses(folder)) == 14
+
+
+def test_a_log_that_can_not_be_written_is_named():
+    logger = load_plugins().get("logger", "jsonl", "test")()
+    logger.file = open("/dev/full", "w", buffering=1)
+    with pytest.raises(UserError, match="^/dev/full: can't be written .No space left on device.*[.]$"):
+        logger.nanopre_step_end(run=None, step=1, metrics={"loss": 1.0})
+    logger.nanopre_run_end(run=None, status="failed")
+    assert logger.file.closed
+
+
+def test_a_pipe_that_is_closed_ends_the_script_without_a_traceback():
+    command = f"{sys.executable} train.py --list-plugins | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 def test_going_on_with_a_finished_run_says_how(tiny, tmp_path):

@@ -263,7 +263,7 @@ def calibrate(
     return brentq(error, 1e-9, 1.0)
 
 
-def text(found: Search, accelerator: Accelerator, gpus: int, efficiency: float) -> str:
+def text(found: Search, gpus: int, efficiency: float) -> str:
     """The best ten as a table, the best one's TOML, and how many were refused, by reason."""
     fastest = "; the fastest:" if found.ranked else "."
     lines = [f"{len(found.ranked):,} layouts fit {gpus:,} GPUs at {efficiency:.2g} of the peak{fastest}"]

@@ -179,7 +179,7 @@ def propose(
         "train": {
             "steps": steps,
             "batch_size": batch,
-            "micro_batch_size": max(k for k in divisors(batch) if k * seq_len <= 2**14 or k == 1),
+            "micro_batch_size": max(k for k in layouts.divisors(batch) if k * seq_len <= 2**14 or k == 1),
             "seq_len": seq_len,
             "eval_interval": max(1, steps // 20),
             "eval_tokens": round(min(1e7, max(seq_len, tokens / 300))),  # all evaluations together: 2% of the run
@@ -209,10 +209,6 @@ def divisible(rows: float, gpus: int) -> int:
     while 16 * unit <= rows:
         unit *= 2
     return max(1, round(rows / unit)) * unit
-
-
-def divisors(n: int) -> list[int]:
-    return [k for k in range(1, n + 1) if n % k == 0]
 
 
 def lay_out(

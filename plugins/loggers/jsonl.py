@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 
-from nanopre import hookimpl
+from nanopre import UserError, hookimpl
 
 
 @dataclass
@@ -34,11 +35,15 @@ class JsonLines:
     @hookimpl
     def nanopre_run_end(self, run, status):
         if self.file:
-            self.file.close()
+            with suppress(OSError):  # it writes what could not be written once more, which has been told
+                self.file.close()
 
     def _write(self, record: dict) -> None:
         if self.file:
-            self.file.write(json.dumps(record) + "\n")
+            try:
+                self.file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.file.name}: can't be written ({error.strerror}).") from None
 
 
 @hookimpl

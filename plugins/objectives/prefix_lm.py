@@ -37,12 +37,14 @@ class PrefixLM:
         """{"tokens" (R, T), "visible" (R,), "targets" (R, T)} and, for an encoder-decoder, "decoder_tokens" (R, T), of
         T = seq_len. A window of T + 1 tokens is cut behind its first p = "visible" tokens, uniform on 1 .. T; the tokens
         from p on are predicted, the first of them from position p - 1: no position that sees a target is scored on it.
+        In an evaluation the last window ends where the split does, and is cut in what it has.
         """
         starts = rows * seq_len if seed is None else window_starts(split, rows, seq_len, seed)
         window = split.gather(starts % split.n_tokens, seq_len + 1)  # (R, T + 1)
-        # 32 random bits times T, of which the upper 32 bits are uniform on 0 .. T - 1 but for one part in 2**32 / T.
+        cuts = seq_len if seed is not None else np.clip(split.n_tokens - 1 - starts, 1, seq_len)
+        # 32 random bits times a number, of which the upper 32 bits are uniform below it but for one part in 2**32 / number.
         draws = random32(row_keys(seed, rows, 0), 1)[:, 0].astype(np.int64)
-        prefix = 1 + (draws * seq_len >> 32)  # (R,)
+        prefix = 1 + (draws * cuts >> 32)  # (R,)
 
         place = np.arange(seq_len)
         if self.splits_streams:
