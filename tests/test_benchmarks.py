@@ -118,6 +118,7 @@ def test_nanogpt_is_tuned_where_it_can_be_and_a_changed_one_is_refused(tmp_path)
         (["convergence.py", "--train=a", "--val=b", "--only=mlm"], '--only: no row\'s name has "mlm" in it; there are: MLM,'),
         (["convergence.py", "--train=a", "--val=b", "--seeds=0"], "argument --seeds: 0 must be at least 1; see --help."),
         (["memory.py", "--pear=2"], "--pear: not an option; did you mean --pairs?"),
+        (["overheads.py", "--pear=2"], "--pear: not an option; choose from"),
     ],
 )
 def test_nothing_to_measure_is_said(arguments, message):
