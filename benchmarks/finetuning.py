@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--polarity", help="the folder of rt-polarity.pos and rt-polarity.neg")
     parser.add_argument("--sick-train", help="SICK_train.txt")
     parser.add_argument("--sick-test", help="SICK_test_annotated.txt")
-    parser.add_argument("--steps", type=at_least(1), default=300, help="of fine-tuning (default: 300, an epoch of polarity)")
+    parser.add_argument("--steps", type=at_least(1), default=300, help="of fine-tuning (default: 300, about an epoch)")
     parser.add_argument("--optimizer", default="muon", help="of fine-tuning (default: muon)")
     parser.add_argument("--lr", type=positive, nargs="+", default=[1e-3, 3e-3], help="peaks to try (default: 1e-3 3e-3)")
     parser.add_argument("--adapt-steps", type=at_least(1), default=1500, help="on the task's texts (default: 1500)")

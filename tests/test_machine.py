@@ -52,7 +52,8 @@ def test_compiling_on_a_cpu_takes_a_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpu", "mps", "xla:0"])
-def test_a_device_that_is_not_there_is_one_short_sentence(name):
+def test_a_device_that_is_not_there_is_one_short_sentence(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError) as error:
         machine.choose_device(name, "--device")
     assert str(error.value).startswith(f'--device = "{name}": no ') and len(str(error.value)) < 120
