@@ -29,7 +29,7 @@ from nanopre import (
     parallel,
     timetable,
 )
-from nanopre.command_line import Parser, at_least, positive, run
+from nanopre.command_line import Parser, at_least, positive, run_script
 from nanopre.distributed import World
 from nanopre.planning import budget, layouts, memory, preview, proposal, recipe, report, scaling, shape, sweep, trial, upscale
 from nanopre.planning.laws import PUBLISHED
@@ -502,7 +502,7 @@ def add_schedule(commands) -> argparse.ArgumentParser:
     command = commands.add_parser("schedule", help="draw a pipeline's timetable")
     command.add_argument("--stages", type=at_least(1), default=4, help="ranks of the pipeline (default: 4)")
     command.add_argument("--microbatches", type=at_least(1), default=8, help="default: 8")
-    command.add_argument("--schedule", default="1f1b", help=f"{', '.join(timetable.SCHEDULES)} (default: 1f1b)")
+    command.add_argument("--schedule", choices=timetable.SCHEDULES, default="1f1b", help="default: 1f1b")
     command.add_argument("--stages-per-rank", type=at_least(1), default=0, help="of a schedule that gives a rank several")
     command.add_argument("--png", metavar="FILE", help="draw it as a picture, too")
     command.set_defaults(run=run_schedule)
@@ -527,4 +527,4 @@ def run_schedule(a: argparse.Namespace) -> tuple[dict, str]:
 
 
 if __name__ == "__main__":
-    run("plan.py", main)
+    run_script("plan.py", main)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 
 from nanopre import UserError, checkpoint, machine
-from nanopre.command_line import Parser, at_least, run
+from nanopre.command_line import Parser, at_least, run_script
 from nanopre.generate import fill_masks, fill_sentinels, generate
 
 
@@ -109,4 +109,4 @@ def probability(text: str) -> float:
 
 
 if __name__ == "__main__":
-    run("sample.py", main)
+    run_script("sample.py", main)

@@ -36,7 +36,7 @@ from nanopre import (
     parallel,
     saving,
 )
-from nanopre.command_line import Parser, run
+from nanopre.command_line import Parser, run_script
 from nanopre.examples import prepare as prepare_examples
 from nanopre.generate import EXAMPLES, generate
 from nanopre.hookspecs import Run
@@ -377,4 +377,4 @@ def git_commit() -> str:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character of a sample shows a question mark
-    run("train.py", main, say=distributed.say_once)
+    run_script("train.py", main, say=distributed.say_once)

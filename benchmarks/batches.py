@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from nanopre.command_line import Parser, at_least, run  # noqa: E402
+from nanopre.command_line import Parser, at_least, run_script  # noqa: E402
 from nanopre.config import build_plugin  # noqa: E402
 from nanopre.data import Split  # noqa: E402
 from nanopre.machine import keep_freed_memory  # noqa: E402
@@ -56,4 +56,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run("batches.py", main)
+    run_script("batches.py", main)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nanopre import config as configs, corpus as corpora  # noqa: E402
-from nanopre.command_line import Parser, at_least, run  # noqa: E402
+from nanopre.command_line import Parser, at_least, run_script  # noqa: E402
 
 # (row, config, overrides, metric of the validation split, what it must be below or above, margin to it)
 ROWS = [
@@ -153,4 +153,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run("convergence.py", main)
+    run_script("convergence.py", main)

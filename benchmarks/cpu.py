@@ -34,7 +34,7 @@ from nanogpt_worker import model_settings, prepare, train_flags  # noqa: E402
 from turns import about, alternate, checkout, ratio, save  # noqa: E402
 
 from nanopre import UserError, config as configs, cost  # noqa: E402
-from nanopre.command_line import Parser, at_least, run  # noqa: E402
+from nanopre.command_line import Parser, at_least, run_script  # noqa: E402
 
 
 @dataclass
@@ -229,4 +229,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run("cpu.py", main, RuntimeError)
+    run_script("cpu.py", main, RuntimeError)

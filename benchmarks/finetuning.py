@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.convergence import train  # noqa: E402
 from nanopre import checkpoint, config as configs, examples  # noqa: E402
-from nanopre.command_line import Parser, at_least, positive, run  # noqa: E402
+from nanopre.command_line import Parser, at_least, positive, run_script  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
@@ -92,4 +92,4 @@ def adapt(task: str, data: list[str], init: str, steps: int, folder: str) -> Pat
 
 
 if __name__ == "__main__":
-    run("finetuning.py", main)
+    run_script("finetuning.py", main)

@@ -28,7 +28,7 @@ from nanogpt_worker import model_settings, prepare, train_flags  # noqa: E402
 from turns import about, alternate, checkout, ratio, save  # noqa: E402
 
 from nanopre import UserError, config as configs, cost  # noqa: E402
-from nanopre.command_line import Parser, run  # noqa: E402
+from nanopre.command_line import Parser, run_script  # noqa: E402
 
 
 @dataclass
@@ -145,4 +145,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run("gpu.py", main, RuntimeError)
+    run_script("gpu.py", main, RuntimeError)

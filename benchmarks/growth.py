@@ -16,7 +16,7 @@ from statistics import median
 from cpu import ROOT, Row, commands
 from turns import about, alternate, checkout, save
 
-from nanopre.command_line import Parser, at_least, run
+from nanopre.command_line import Parser, at_least, run_script
 
 LENGTHS = {t: Row(f"{t} tokens", 256, 4, 4, 384, t, 4096 // t, 1, (0, 0)) for t in (64, 256, 1024, 4096)}
 WIDTHS = {d: Row(f"{d} wide", d, 4, d // 64, 384, 256, 4, 1, (0, 0)) for d in (128, 256, 512, 1024)}
@@ -73,4 +73,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run("growth.py", main)
+    run_script("growth.py", main)

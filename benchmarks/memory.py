@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from nanopre import UserError, machine, optim, parallel  # noqa: E402
-from nanopre.command_line import Parser, at_least, run  # noqa: E402
+from nanopre.command_line import Parser, at_least, run_script  # noqa: E402
 from nanopre.config import Train  # noqa: E402
 from nanopre.distributed import initialise  # noqa: E402
 from nanopre.loss import IGNORE  # noqa: E402
@@ -160,4 +160,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run("memory.py", main)
+    run_script("memory.py", main)

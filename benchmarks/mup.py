@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from nanopre import config as configs, optim  # noqa: E402
-from nanopre.command_line import Parser, at_least, positive, run  # noqa: E402
+from nanopre.command_line import Parser, at_least, positive, run_script  # noqa: E402
 from nanopre.planning import report  # noqa: E402
 from nanopre.planning.trial import Trial  # noqa: E402
 
@@ -88,4 +88,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run("mup.py", main)
+    run_script("mup.py", main)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from turns import about, checkout
 
-from nanopre.command_line import Parser, run
+from nanopre.command_line import Parser, run_script
 
 ROOT = Path(__file__).parents[1]
 # The command of nanoGPT's README for a CPU ("I only have a macbook"), without its weights-only shortcuts.
@@ -119,4 +119,4 @@ def write(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    run("nanogpt.py", main)
+    run_script("nanogpt.py", main)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nanopre import config as configs, hookimpl  # noqa: E402
-from nanopre.command_line import Parser, run  # noqa: E402
+from nanopre.command_line import Parser, run_script  # noqa: E402
 
 
 class Observer:
@@ -62,4 +62,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run("overheads.py", main)
+    run_script("overheads.py", main)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nanopre.command_line import Parser, at_least, run
+from nanopre.command_line import Parser, at_least, run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,4 +97,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run("parallel.py", main)
+    run_script("parallel.py", main)

@@ -95,7 +95,7 @@ def at_least(least: float):
     return parse
 
 
-def run(
+def run_script(
     script: str, main: Callable[[list[str]], None], *expected: type[Exception], say: Callable[[str], None] | None = None
 ) -> None:
     """Call a script's `main` with the command line. What the user can mend, UserError and the `expected`, ends it with one

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from nanopre import UserError, checkpoint, config as configs, distributed, saving
-from nanopre.command_line import Parser, run
+from nanopre.command_line import Parser, run_script
 from nanopre.hf_families import (
     BERT,
     BERT_BY_HEAD,
@@ -409,4 +409,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run("nanopre.hf", main)
+    run_script("nanopre.hf", main)

@@ -437,7 +437,7 @@ def test_schedule_as_a_user_asks_for_it(capsys, tmp_path):
         (["layout", "CONFIG", "--gpu", "h100", "--calibrate", "nix"], "nix/config.toml: can't be read"),
         (["layout", "CONFIG", "--gpu", "h100", "--objective.name=sft"], "objective.name = sft: a plan is for pre-training"),
         (["layout", "CONFIG", "--gpu", "h100", "--objective.name=electra"], "objective.name = electra is for an encoder;"),
-        (["schedule", "--schedule", "1f2b"], 'parallel.pipeline.schedule: is "1f2b"; did you mean 1f1b?'),
+        (["schedule", "--schedule", "1f2b"], "--schedule 1f2b: there is no such choice; did you mean 1f1b?"),
         (["layuot", "CONFIG"], "COMMAND layuot: there is no such choice; did you mean layout?"),
         (["schedule", "--microbatches", "2"], "parallel.pipeline: 1f1b needs at least as many microbatches as ranks; take 4."),
         (["memory", "CONFIG", "--gpu", "h100", "--train.seq_len=9999999"], "rows of at most 4,194,304 tokens."),
