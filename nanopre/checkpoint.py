@@ -15,12 +15,14 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -168,25 +170,56 @@ def _refusal(checkpoint: Path, problem: str) -> UserError:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads a checkpoint whose metadata, a pickle, may only hold what DCP itself writes: loading runs no foreign code."""
+    """Reads a checkpoint whose metadata, a pickle, may only hold what DCP itself writes. With `_Planner`: loading a checkpoint
+    runs no code of whoever made it."""
 
-    def read_metadata(self):
-        with open(Path(self.path) / ".metadata", "rb") as stream:
-            return _Unpickler(stream).load()
+    def __init__(self, checkpoint: Path):
+        super().__init__(checkpoint)
+        with open(checkpoint / ".metadata", "rb") as stream:  # here, for DCP would tell of a refusal by its own traceback
+            self.metadata = _Unpickler(stream).load()
+
+    def read_metadata(self) -> dcp.metadata.Metadata:
+        return self.metadata
 
 
 class _Unpickler(pickle.Unpickler):
-    SAFE = {("builtins", "set"), ("collections", "OrderedDict"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath")}
+    SAFE = {
+        ("builtins", "set"),
+        ("collections", "OrderedDict"),
+        *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        *(("torch.distributed.checkpoint.metadata", name) for name in ("_MEM_FORMAT_ENCODING", *dcp.metadata.__all__)),
+    }
 
     def find_class(self, module: str, name: str):
-        if (module, name) in self.SAFE or module.startswith("torch.distributed.checkpoint."):
+        if (module, name) in self.SAFE or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        found = super().find_class(module, name) if module.split(".")[0] == "torch" else None
-        if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)) or found is torch.Size:
-            return found
-        if module == "torch.serialization" or name in ("_get_layout", "_MEM_FORMAT_ENCODING"):
-            return found
         raise UserError(f"a checkpoint's .metadata names {module}.{name}, which no checkpoint needs: do not trust it.")
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Reads what is no tensor, as an optimizer's settings, without running code, which DCP's own planner would do."""
+
+    def load_bytes(self, read_item: dcp.planner.ReadItem, value: BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        try:
+            read = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:
+            raise UserError(f"a checkpoint's {name} is more than numbers and words: do not trust it.") from None
+        set_element(self.original_state_dict, self.mappings[name], read)
+
+
+def _read(checkpoint: Path, wanted: dict) -> None:
+    """Fill the state dict `wanted`. Raises UserError where the checkpoint does not have it."""
+    try:
+        dcp.load(wanted, storage_reader=_Reader(checkpoint), planner=_Planner(), no_dist=not dist.is_initialized())
+    except (RuntimeError, ValueError, dist.checkpoint.api.CheckpointException) as error:
+        for failure, _ in getattr(error, "failures", {}).values():  # on any rank
+            if isinstance(failure, UserError):
+                raise failure from None
+        raise UserError(f"{checkpoint}: does not fit the configured model or optimizer ({reason(error)}).") from None
 
 
 def state_of(parts: Sequence[nn.Module], optimizers: Sequence) -> tuple[dict, dict]:
@@ -212,10 +245,7 @@ def load(checkpoint: Path, parts: Sequence[nn.Module], optimizers: Sequence = ()
         read_info(checkpoint, NEEDED_TO_GO_ON)
     weights, states = state_of(parts, optimizers)
     wanted = {"model": weights, "optimizer": states} if optimizers else {"model": weights}
-    try:
-        dcp.load(wanted, storage_reader=_Reader(checkpoint), no_dist=not dist.is_initialized())
-    except (RuntimeError, ValueError, dist.checkpoint.api.CheckpointException) as error:
-        raise UserError(f"{checkpoint}: does not fit the configured model or optimizer ({reason(error)}).") from None
+    _read(checkpoint, wanted)
     for part in parts:
         names, of_part = get_model_state_dict(part), _optimizers_of(part, optimizers)
         own = {name: weights[name] for name in names}
@@ -282,8 +312,7 @@ def load_weights(path: str | Path, model: nn.Module) -> str:
     """
     _, checkpoint = locate(path)
     verify(checkpoint)
-    reader = _Reader(checkpoint)
-    saved = reader.read_metadata().state_dict_metadata
+    saved = _Reader(checkpoint).metadata.state_dict_metadata
     old = {name.removeprefix("model."): tuple(item.size) for name, item in saved.items() if name.startswith("model.")}
     new = dict(model.named_parameters())
     loaded, started = {}, []
@@ -300,7 +329,7 @@ def load_weights(path: str | Path, model: nn.Module) -> str:
     left = sorted(set(old) - set(model.state_dict()))
     if beyond := [name for name in left if name.startswith(TRUNK)]:
         raise UserError(f"init_from: {checkpoint} has weights for {beyond[0]}, which the configured model has not.")
-    dcp.load({"model": loaded}, storage_reader=reader, no_dist=True)
+    _read(checkpoint, {"model": loaded})
     for name, tensor in loaded.items():
         new[name].copy_(tensor[: len(new[name])])
     parts = (f"Starting with the weights of {checkpoint}", _named("new", started), _named("left behind", left))

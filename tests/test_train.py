@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import ENVIRONMENT, ROOT, read_log, run_script
 
 import train
@@ -370,23 +372,48 @@ def test_a_plugin_that_exits_ends_no_run_without_a_word(tiny, tmp_path):
         run(tiny, "a", f'--plugins=["{tmp_path}/leaves.py"]', tmp_path=tmp_path)
 
 
-def test_a_checkpoint_with_foreign_pickles_runs_nothing(tiny, tmp_path):
-    import pickle
+class Foreign:
+    """What a stranger may pickle: whoever reads it makes a folder."""
 
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("module", ["torch.serialization", "torch.distributed.checkpoint.filesystem"])
+def test_a_checkpoint_with_foreign_metadata_runs_nothing(module, tiny, tmp_path):
     folder = run(tiny, "a", tmp_path=tmp_path)
     newest = folder / "checkpoints" / "step_00000012"
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "pwned"),)
-
-    (newest / ".metadata").write_bytes(pickle.dumps(Evil()))
-    info = json.loads((newest / "info.json").read_text())
-    info["files"][".metadata"] = checkpoint.checksums(newest)[".metadata"]
-    (newest / "info.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match="mkdir"):
+    words = [b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, "os.mkdir", str(tmp_path / "made"))]
+    pickled = b"\x80\x04%b%b\x93%b\x85R." % tuple(words)  # protocol 4, whose names may have dots: module.name(folder)
+    pickle.loads(pickled)
+    (tmp_path / "made").rmdir()
+    (newest / ".metadata").write_bytes(pickled)
+    reseal(newest)
+    with pytest.raises(UserError, match=f"^a checkpoint's .metadata names {module}.os.mkdir, which no checkpoint needs"):
         checkpoint.open_run(folder)
-    assert not (tmp_path / "pwned").exists()
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_checkpoint_with_a_foreign_value_runs_nothing(tiny, tmp_path):
+    folder = run(tiny, "a", tmp_path=tmp_path)
+    newest = folder / "checkpoints" / "step_00000012"
+    weights = checkpoint.open_run(folder).model.state_dict()
+    (newest / ".metadata").unlink()
+    dcp.save({"model": weights | {"head.norm.weight": Foreign(tmp_path / "made")}}, checkpoint_id=newest, no_dist=True)
+    reseal(newest)
+    with pytest.raises(UserError, match="^a checkpoint's model.head.norm.weight is more than numbers and words"):
+        checkpoint.open_run(folder)
+    assert not (tmp_path / "made").exists()
+
+
+def reseal(saved: Path) -> None:
+    """Give a checkpoint whose files were changed the checksums of what they are now."""
+    info = json.loads((saved / "info.json").read_text())
+    info["files"] = {name: found for name, found in checkpoint.checksums(saved).items() if name != "info.json"}
+    (saved / "info.json").write_text(json.dumps(info))
 
 
 def test_an_interrupted_save_leaves_the_last_checkpoint_in_force(tiny, tmp_path, monkeypatch):
