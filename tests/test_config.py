@@ -6,8 +6,8 @@ import dataclasses
 import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tomli
@@ -133,7 +133,7 @@ def light_checkout(tmp_path_factory):
     (folder / "plugins" / "all.py").write_text(CHECKOUT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plugins, "CHECKOUT", folder / "plugins")
-        patch.setattr(metadata, "entry_points", lambda group: [])
+        patch.setattr(plugins, "metadata", SimpleNamespace(entry_points=lambda group: []))
         patch.chdir(folder)
         yield
 

@@ -67,7 +67,7 @@ def nanopre_loggers(register):
 def empty_checkout(tmp_path, monkeypatch):
     """A checkout without plugins and no installed ones, and the current folder is empty."""
     monkeypatch.setattr(plugins, "CHECKOUT", tmp_path / "checkout")
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [])
+    monkeypatch.setattr(plugins, "metadata", SimpleNamespace(entry_points=lambda group: []))
     monkeypatch.chdir(tmp_path)
 
 
@@ -82,7 +82,8 @@ def install(monkeypatch, *entries: tuple[str, str], version: str = "1.2") -> Non
     monkeypatch.syspath_prepend(Path.cwd())
     dist = SimpleNamespace(name="dist", version=version)
     found = [metadata.EntryPoint(name, value, "nanopre")._for(dist) for name, value in entries]
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [e for e in found if e.group == group])
+    matching = SimpleNamespace(entry_points=lambda group: [e for e in found if e.group == group])
+    monkeypatch.setattr(plugins, "metadata", matching)  # and not the library's own, which others read: Triton as it is imported
 
 
 def refused(*paths: str) -> str:
