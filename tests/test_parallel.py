@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import run_script
 from hypothesis import given, settings, strategies as st
+from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM
 
 import train
@@ -118,6 +119,12 @@ def test_data_parallelism_takes_the_ranks_that_are_left(ranks, strategies, sizes
 )  # fmt: skip
 def test_impossible_layouts_are_refused_with_a_possible_one(ranks, strategies, message):
     assert refusal(ranks, parallel=strategies, train={"batch_size": 48}) == message
+
+
+def test_stages_are_refused_where_pytorch_is_too_old_for_them(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cpu"))
+    sentence = "parallel.pipeline: stages need PyTorch 2.13 or newer, and here is 2.12.1+cpu."
+    assert refusal(2, parallel={"pipeline": {}}) == sentence
 
 
 @pytest.mark.parametrize(

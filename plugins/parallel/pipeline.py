@@ -50,7 +50,9 @@ class Pipeline:
         return "zero_bubble takes their backward passes in halves" if self.schedule == "zero_bubble" else ""
 
     def check(self, config, layout: Layout, model: Transformer) -> None:
-        """Raises ValueError where the model or batch does not fit the schedule."""
+        """Raises ValueError where the model or batch does not fit the schedule, or PyTorch is too old."""
+        if torch.__version__ < (2, 13):  # refuses several sums of the last stage, or to go through autograd.Functions in halves
+            raise ValueError(f"stages need PyTorch 2.13 or newer, and here is {torch.__version__}")
         n, stages = len(model.blocks), self.degree * self.stages
         if stages > n:
             fitting = (d for d in range(1, self.degree) if self.degree % d == 0 and d * self.stages <= n)
