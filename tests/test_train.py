@@ -382,17 +382,20 @@ class Foreign:
         return os.mkdir, (self.folder,)
 
 
-@pytest.mark.parametrize("module", ["torch.serialization", "torch.distributed.checkpoint.filesystem"])
-def test_a_checkpoint_with_foreign_metadata_runs_nothing(module, tiny, tmp_path):
+@pytest.mark.parametrize(
+    "module, name",
+    [("posix", "mkdir"), ("torch.serialization", "os.mkdir"), ("torch.distributed.checkpoint.filesystem", "os.mkdir")],
+)
+def test_a_checkpoint_with_foreign_metadata_runs_nothing(module, name, tiny, tmp_path):
     folder = run(tiny, "a", tmp_path=tmp_path)
     newest = folder / "checkpoints" / "step_00000012"
-    words = [b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, "os.mkdir", str(tmp_path / "made"))]
+    words = [b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name, str(tmp_path / "made"))]
     pickled = b"\x80\x04%b%b\x93%b\x85R." % tuple(words)  # protocol 4, whose names may have dots: module.name(folder)
     pickle.loads(pickled)
     (tmp_path / "made").rmdir()
     (newest / ".metadata").write_bytes(pickled)
     reseal(newest)
-    with pytest.raises(UserError, match=f"^a checkpoint's .metadata names {module}.os.mkdir, which no checkpoint needs"):
+    with pytest.raises(UserError, match=f"^a checkpoint's .metadata names {module}.{name}, which no checkpoint needs"):
         checkpoint.open_run(folder)
     assert not (tmp_path / "made").exists()
 
